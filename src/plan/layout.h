@@ -12,6 +12,11 @@ struct TileShape {
   int32_t columns;
 };
 
+struct TileShapes {
+  TileShape forward;
+  TileShape backward;
+};
+
 // Two bits a tile, in two bitmaps. For outer tile `o` and inner tile `i` of mask place `p`
 // (p = mask batch * mask heads + mask head), bit i % 32 of word [p][o][i / 32].
 //   visible 0:            no pair of the tile is allowed, skip it

@@ -1,0 +1,19 @@
+// A small thread pool of the library's own: OpenMP inside a wheel fights with torch's.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace anymask::cpu {
+
+// 0: one thread per core that this process may use (or ANYMASK_CPU_THREADS).
+void set_threads(int threads);
+int threads();
+
+// Calls task(index, thread) for 0 <= index < count, each index once, on all threads; indices are
+// handed out in increasing order. Returns when all are done; the first exception is rethrown here.
+// Calls from several threads at once run one after the other; a call from inside a task runs
+// serially.
+void parallel_for(int64_t count, const std::function<void(int64_t index, int thread)>& task);
+
+}  // namespace anymask::cpu
