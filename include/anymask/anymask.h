@@ -3,7 +3,7 @@
  * Stateless: a mask is an array of nodes, a plan is a buffer of the caller's, so nothing is
  * created or freed across the border. Every function returns an anymask_status; after anything but
  * ANYMASK_OK, anymask_last_error() (per thread) says what went wrong. Meanings, shapes and types of
- * all arguments are those of the C++ functions of the same name (include/anymask/*.hpp).
+ * all arguments are those of the C++ functions of the same name (the headers beside this one).
  */
 #ifndef ANYMASK_ANYMASK_H_
 #define ANYMASK_ANYMASK_H_

@@ -45,7 +45,7 @@ struct Tensor {
 
   Tensor() = default;
   // A contiguous view. Example: Tensor q(pointer, DType::f32, {batch, length, heads, head_dim});
-  Tensor(void* data, DType dtype, std::initializer_list<int64_t> shape, Device device = {});
+  Tensor(void* memory, DType type, std::initializer_list<int64_t> sizes, Device where = {});
 
   bool given() const { return ndim != 0; }
 };

@@ -22,12 +22,14 @@ ANYMASK_RULE int64_t load_integer(const Array& array, Place place, int64_t offse
                           : static_cast<int64_t>(array_at<int32_t>(array, place)[offset]);
 }
 
-ANYMASK_RULE bool load_nonzero(const Array& array, Place place, int64_t offset) {
+// `sign_bits` is 1 for floating-point elements, whose -0.0 is zero too, else 0.
+ANYMASK_RULE bool load_nonzero(const Array& array, Place place, int64_t offset, int sign_bits) {
   switch (array.bytes) {
     case 1: return array_at<uint8_t>(array, place)[offset] != 0;
-    case 2: return array_at<uint16_t>(array, place)[offset] != 0;
-    case 4: return array_at<uint32_t>(array, place)[offset] != 0;
-    default: return array_at<uint64_t>(array, place)[offset] != 0;
+    case 2:
+      return static_cast<uint16_t>(array_at<uint16_t>(array, place)[offset] << sign_bits) != 0;
+    case 4: return (array_at<uint32_t>(array, place)[offset] << sign_bits) != 0;
+    default: return (array_at<uint64_t>(array, place)[offset] << sign_bits) != 0;
   }
 }
 
@@ -103,6 +105,43 @@ ANYMASK_RULE uint32_t intervals_word(const Node& node, Place place, int column, 
            run_word(runs.begin2, runs.end2, first_row));
 }
 
+// ---- segments: row and column between the same two of `lo` rising boundaries ------------------
+
+struct Segment {
+  int begin, end;
+};
+
+// The segment that holds `index`; what lies beyond the last boundary is a segment too.
+ANYMASK_RULE Segment segment_of(const Node& node, Place place, int index) {
+  int low = 0, high = node.lo;  // boundary[low] <= index < boundary[high], boundary[lo] = end
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    if (load_integer(node.columns, place, middle * node.columns.column_stride) <= index) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  const int64_t begin = load_integer(node.columns, place, low * node.columns.column_stride);
+  const int64_t end = high < node.lo
+                          ? load_integer(node.columns, place, high * node.columns.column_stride)
+                          : 0x7fffffff;
+  return {static_cast<int>(begin), static_cast<int>(end)};
+}
+
+ANYMASK_RULE TileClass segments_class(const Node& node, Place place, const Tile& tile) {
+  const Segment first = segment_of(node, place, tile.column_begin);
+  const Segment last = segment_of(node, place, tile.column_end - 1);
+  return class_of(first.begin < tile.row_end && last.end > tile.row_begin,
+                  first.begin != last.begin || first.begin > tile.row_begin ||
+                      first.end < tile.row_end);
+}
+
+ANYMASK_RULE uint32_t segments_word(const Node& node, Place place, int column, int first_row) {
+  const Segment segment = segment_of(node, place, column);
+  return run_word(segment.begin, segment.end, first_row);
+}
+
 // ---- ids: eq[row] == ek[column], flexible masks also eq[row] >= 0 ------------------------------
 
 ANYMASK_RULE TileClass ids_class(const Node& node, Place place, const Tile& tile) {
@@ -145,7 +184,8 @@ ANYMASK_RULE uint32_t ids_word(const Node& node, Place place, int column, int fi
 ANYMASK_RULE bool block_visible(const Node& node, Place place, int row_block, int column_block) {
   return load_nonzero(node.columns, place,
                       row_block * node.columns.row_stride +
-                          column_block * node.columns.column_stride);
+                          column_block * node.columns.column_stride,
+                      0);
 }
 
 ANYMASK_RULE TileClass blocks_class(const Node& node, Place place, const Tile& tile) {
@@ -174,9 +214,9 @@ ANYMASK_RULE uint32_t blocks_word(const Node& node, Place place, int column, int
 // ---- dense: one element per pair ---------------------------------------------------------------
 
 ANYMASK_RULE bool dense_visible(const Node& node, Place place, int row, int column) {
-  return load_nonzero(
-      node.columns, place,
-      row * node.columns.row_stride + column * node.columns.column_stride);
+  return load_nonzero(node.columns, place,
+                      row * node.columns.row_stride + column * node.columns.column_stride,
+                      node.flag);
 }
 
 ANYMASK_RULE TileClass dense_class(const Node& node, Place place, const Tile& tile) {
@@ -202,8 +242,8 @@ ANYMASK_RULE uint32_t dense_word(const Node& node, Place place, int column, int 
 // ---- bits: packed words [row / 32][column] ------------------------------------------------------
 
 ANYMASK_RULE uint32_t bits_word(const Node& node, Place place, int column, int first_row) {
-  return array_at<uint32_t>(node.columns,
-                            place)[(first_row / kWordRows) * node.columns.row_stride + column];
+  return array_at<uint32_t>(node.columns, place)[(first_row / kWordRows) * node.columns.row_stride +
+                                                 column * node.columns.column_stride];
 }
 
 ANYMASK_RULE TileClass bits_class(const Node& node, Place place, const Tile& tile) {
@@ -226,6 +266,7 @@ ANYMASK_RULE TileClass leaf_class(const Node& node, Place place, const Tile& til
     case Op::kBand: return band_class(node, tile);
     case Op::kPrefix: return prefix_class(node, place, tile);
     case Op::kIntervals: return intervals_class(node, place, tile);
+    case Op::kSegments: return segments_class(node, place, tile);
     case Op::kIds: return ids_class(node, place, tile);
     case Op::kBlocks: return blocks_class(node, place, tile);
     case Op::kDense: return dense_class(node, place, tile);
@@ -243,6 +284,7 @@ ANYMASK_RULE uint32_t leaf_word(const Node& node, Place place, int column, int f
     case Op::kBand: return band_word(node, column, first_row);
     case Op::kPrefix: return prefix_word(node, place, column);
     case Op::kIntervals: return intervals_word(node, place, column, first_row);
+    case Op::kSegments: return segments_word(node, place, column, first_row);
     case Op::kIds: return ids_word(node, place, column, first_row, q_len);
     case Op::kBlocks: return blocks_word(node, place, column, first_row, q_len);
     case Op::kDense: return dense_word(node, place, column, first_row, q_len);

@@ -10,10 +10,11 @@ enum class Op : int32_t {
   kBand,       // lo <= column - row <= hi
   kPrefix,     // column < n: `lo`, or columns[batch] when there is an array
   kIntervals,  // masked runs of rows per column; `flag` is an IntervalForm
+  kSegments,   // row and column between the same two of `lo` rising boundaries
   kIds,        // eq[row] == ek[column]; `flag` != 0: or eq[row] >= 0
-  kBlocks,     // block[row / lo][column / hi] != 0; `flag` is the element size in bytes
-  kDense,      // element[row][column] != 0; `flag` is the element size in bytes
-  kBits,       // packed words [row / 32][column], bit row % 32
+  kBlocks,     // block[row / lo][column / hi] != 0
+  kDense,      // element[row][column] != 0; `flag` is 1 for floating point (-0.0 is zero), else 0
+  kBits,       // packed words [row / 32][column], bit row % 32; strides may be 0
   kNot,
   kAnd,
   kOr,
@@ -30,22 +31,22 @@ enum class IntervalForm : int32_t {
 // One array that a leaf reads, strides in elements: value(batch, head, row, column). Batch and
 // head strides are 0 where the array is broadcast.
 struct Array {
-  const void* data;
-  int64_t batch_stride;
-  int64_t head_stride;
-  int64_t row_stride;
-  int64_t column_stride;
-  int32_t bytes;         // size of an element
-  int32_t head_divisor;  // mask head of the program -> head of this array
+  const void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+  int64_t column_stride = 0;
+  int32_t bytes = 0;         // size of an element
+  int32_t head_divisor = 1;  // mask head of the program -> head of this array
 };
 
 struct Node {
-  Op op;
-  int32_t flag;
-  int32_t lo;
-  int32_t hi;
-  Array rows;     // kIds: eq
-  Array columns;  // everything else that reads memory
+  Op op = Op::kConstant;
+  int32_t flag = 0;
+  int32_t lo = 0;
+  int32_t hi = 0;
+  Array rows = {};     // kIds: eq
+  Array columns = {};  // everything else that reads memory
 };
 
 // 16 leaves at most; ordered so that the deeper operand comes first, they need five stack places.
@@ -53,12 +54,12 @@ inline constexpr int kMaxNodes = 32;
 inline constexpr int kMaxDepth = 5;
 
 struct Program {
-  int32_t count;
-  int32_t batches;  // 1 (the same mask for every batch entry) or B
-  int32_t heads;    // mask heads: a divisor of the query heads
-  int32_t q_len;
-  int32_t kv_len;
-  Node nodes[kMaxNodes];
+  int32_t count = 0;
+  int32_t batches = 1;  // 1 (the same mask for every batch entry) or B
+  int32_t heads = 1;    // mask heads: a divisor of the query heads
+  int32_t q_len = 0;
+  int32_t kv_len = 0;
+  Node nodes[kMaxNodes] = {};
 };
 
 // Where a question is asked: one mask batch entry and mask head.

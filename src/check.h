@@ -1,0 +1,17 @@
+// Checks of a call's tensors; every failure names the argument, what it got and what it needs.
+#pragma once
+
+#include "anymask/attention.hpp"
+
+namespace anymask {
+
+// q, k and v agree with each other and with the contract; returns the problem that they state.
+Problem check_inputs(const Tensor& q, const Tensor& k, const Tensor& v);
+
+void check_forward(const ForwardArgs& args, const Problem& problem);
+void check_backward(const BackwardArgs& args, const Problem& problem);
+
+// The given scale, or 1 / sqrt(head_dim).
+double check_scale(const std::optional<double>& scale, const Problem& problem);
+
+}  // namespace anymask

@@ -1,0 +1,231 @@
+#include "cpu/plan.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#include "cpu/threads.h"
+#include "rules/evaluate.h"
+
+namespace anymask::cpu {
+namespace {
+
+using plan::TileMap;
+using rules::Place;
+using rules::Program;
+using rules::Tile;
+using rules::TileClass;
+
+Place place_of(const Program& program, int64_t index) {
+  return {static_cast<int>(index / program.heads), static_cast<int>(index % program.heads)};
+}
+
+// ---- dense leaves to words --------------------------------------------------------------------
+
+template <typename Element>
+void pack_rows(const Element* first, int64_t row_stride, int64_t column_stride, int rows,
+               int64_t columns, bool is_float, uint32_t* words) {
+  const int sign_bits = is_float ? 1 : 0;
+  std::fill_n(words, columns, 0u);
+  for (int r = 0; r < rows; ++r) {
+    const Element* row = first + r * row_stride;
+    for (int64_t c = 0; c < columns; ++c) {
+      const auto shifted = static_cast<Element>(row[c * column_stride] << sign_bits);
+      words[c] |= static_cast<uint32_t>(shifted != 0) << r;
+    }
+  }
+}
+
+void pack_word_row(const rules::Node& dense, const char* first, int rows, int64_t columns,
+                   uint32_t* words) {
+  const rules::Array& array = dense.columns;
+  const auto pack = [&](auto element) {
+    pack_rows(reinterpret_cast<const decltype(element)*>(first), array.row_stride,
+              array.column_stride, rows, columns, dense.flag != 0, words);
+  };
+  switch (array.bytes) {
+    case 1: return pack(uint8_t{});
+    case 2: return pack(uint16_t{});
+    case 4: return pack(uint32_t{});
+    default: return pack(uint64_t{});
+  }
+}
+
+void pack_dense(const Program& program, const rules::Node& dense, const rules::Node& bits) {
+  const plan::PackedShape shape = plan::packed_shape(program, dense);
+  const rules::Array& from = dense.columns;
+  auto* words = const_cast<uint32_t*>(static_cast<const uint32_t*>(bits.columns.data));
+  parallel_for(shape.batches * shape.heads * shape.row_words, [&](int64_t task, int) {
+    const int64_t word_row = task % shape.row_words;
+    const int64_t head = task / shape.row_words % shape.heads;
+    const int64_t batch = task / shape.row_words / shape.heads;
+    const int64_t first_row = word_row * rules::kWordRows;
+    const bool one_row = from.row_stride == 0;
+    const int rows = one_row ? 1
+                             : static_cast<int>(std::min<int64_t>(rules::kWordRows,
+                                                                  program.q_len - first_row));
+    const int64_t offset =
+        batch * from.batch_stride + head * from.head_stride + first_row * from.row_stride;
+    uint32_t* target = words + task * shape.columns;
+    pack_word_row(dense, static_cast<const char*>(from.data) + offset * from.bytes, rows,
+                  shape.columns, target);
+    if (one_row) {
+      for (int64_t c = 0; c < shape.columns; ++c) target[c] = 0u - target[c];
+    }
+  });
+}
+
+// ---- tile maps ----------------------------------------------------------------------------------
+
+// A rectangle of tiles: row tiles [row_begin, row_end) x key tiles [column_begin, column_end).
+struct TileRange {
+  int row_begin, row_end, column_begin, column_end;
+};
+
+class MapBuilder {
+ public:
+  MapBuilder(const Program& program, const TileMap& map, int64_t place_index)
+      : program_(program),
+        map_(map),
+        place_(place_of(program, place_index)),
+        first_row_tile_(place_index * map.outer_tiles) {}
+
+  // Halves a rectangle of tiles until it is of one class: a large uniform area costs one look.
+  // Rectangles of different row tiles touch different words, so they may run in parallel.
+  void fill(const TileRange& range) const {
+    const Tile tile = tile_of(range);
+    const int rows = range.row_end - range.row_begin;
+    const int columns = range.column_end - range.column_begin;
+    const bool single = rows == 1 && columns == 1;
+    const TileClass found = single ? exact_class(program_, place_, tile)
+                                   : tile_class(program_, place_, tile);
+    if (found != rules::kSome || single) return set(range, found);
+    TileRange first = range, second = range;
+    if (rows >= columns) {
+      first.row_end = second.row_begin = range.row_begin + rows / 2;
+    } else {
+      first.column_end = second.column_begin = range.column_begin + columns / 2;
+    }
+    fill(first);
+    fill(second);
+  }
+
+ private:
+  Tile tile_of(const TileRange& range) const {
+    const plan::TileShape shape = map_.shape;
+    return {range.row_begin * shape.rows, std::min(range.row_end * shape.rows, program_.q_len),
+            range.column_begin * shape.columns,
+            std::min(range.column_end * shape.columns, program_.kv_len)};
+  }
+
+  void set(const TileRange& range, TileClass found) const {
+    if (found == rules::kNone) return;
+    for (int row = range.row_begin; row < range.row_end; ++row) {
+      const int64_t first_word = (first_row_tile_ + row) * map_.words;
+      for (int column = range.column_begin; column < range.column_end; ++column) {
+        const uint32_t bit = 1u << (column % 32);
+        const bool beyond_keys = (column + 1) * map_.shape.columns > program_.kv_len;
+        map_.visible[first_word + column / 32] |= bit;
+        if (found == rules::kSome || beyond_keys) map_.hidden[first_word + column / 32] |= bit;
+      }
+    }
+  }
+
+  const Program& program_;
+  const TileMap& map_;
+  const Place place_;
+  const int64_t first_row_tile_;
+};
+
+void build_row_map(const Program& program, const TileMap& map) {
+  const int64_t all = plan::places(program) * map.outer_tiles;
+  std::fill_n(map.visible, all * map.words, 0u);
+  std::fill_n(map.hidden, all * map.words, 0u);
+  if (all == 0 || map.inner_tiles == 0) return;
+  // Strips of 32 row tiles: enough tasks for many cores, rectangles large enough to settle early.
+  constexpr int kStrip = 32;
+  const int strips = (map.outer_tiles + kStrip - 1) / kStrip;
+  parallel_for(plan::places(program) * strips, [&](int64_t task, int) {
+    const int begin = static_cast<int>(task % strips) * kStrip;
+    const MapBuilder builder(program, map, task / strips);
+    builder.fill({begin, std::min(begin + kStrip, map.outer_tiles), 0, map.inner_tiles});
+  });
+}
+
+// The column map of the same tile shape: the row map with its two indices swapped.
+void transpose_map(const Program& program, const TileMap& rows, const TileMap& columns) {
+  const int64_t all = plan::places(program) * columns.outer_tiles;
+  std::fill_n(columns.visible, all * columns.words, 0u);
+  std::fill_n(columns.hidden, all * columns.words, 0u);
+  if (all == 0 || rows.outer_tiles == 0) return;
+  // One task per word of the row map: the 32 key tiles of that word are its own.
+  parallel_for(plan::places(program) * rows.words, [&](int64_t task, int) {
+    const int64_t place = task / rows.words;
+    const int64_t word = task % rows.words;
+    for (int row = 0; row < rows.outer_tiles; ++row) {
+      const int64_t from = (place * rows.outer_tiles + row) * rows.words + word;
+      const uint32_t bit = 1u << (row % 32);
+      for (uint32_t rest = rows.visible[from]; rest != 0; rest &= rest - 1) {
+        const int column = std::countr_zero(rest);
+        const int64_t to =
+            (place * columns.outer_tiles + word * 32 + column) * columns.words + row / 32;
+        columns.visible[to] |= bit;
+        if ((rows.hidden[from] >> column & 1u) != 0) columns.hidden[to] |= bit;
+      }
+    }
+  });
+}
+
+void count_and_order(const Program& program, const TileMap& map) {
+  for (int64_t place = 0; place < plan::places(program); ++place) {
+    int32_t* count = map.count + place * map.outer_tiles;
+    int32_t* order = map.order + place * map.outer_tiles;
+    const uint32_t* words = map.visible + place * map.outer_tiles * map.words;
+    for (int32_t outer = 0; outer < map.outer_tiles; ++outer) {
+      const uint32_t* row = words + int64_t{outer} * map.words;
+      count[outer] = std::accumulate(
+          row, row + map.words, 0, [](int sum, uint32_t word) { return sum + std::popcount(word); });
+    }
+    std::iota(order, order + map.outer_tiles, 0);
+    std::stable_sort(order, order + map.outer_tiles,
+                     [&](int32_t a, int32_t b) { return count[a] > count[b]; });
+  }
+}
+
+}  // namespace
+
+TileClass exact_class(const Program& program, Place place, const Tile& tile) {
+  TileClass found = tile_class(program, place, tile);
+  if (found != rules::kSome) return found;
+  found = 0;
+  for (int first = tile.row_begin / rules::kWordRows * rules::kWordRows; first < tile.row_end;
+       first += rules::kWordRows) {
+    const uint32_t rows = rules::run_word(tile.row_begin, tile.row_end, first);
+    for (int column = tile.column_begin; column < tile.column_end; ++column) {
+      found |= rules::class_of_word(column_word(program, place, column, first), rows);
+      if (found == rules::kSome) return found;
+    }
+  }
+  return found;
+}
+
+void build_plan(const Program& lowered, const plan::Plan& plan) {
+  for (int32_t i = 0; i < lowered.count; ++i) {
+    if (lowered.nodes[i].op == rules::Op::kDense) {
+      pack_dense(lowered, lowered.nodes[i], plan.program.nodes[i]);
+    }
+  }
+  build_row_map(plan.program, plan.forward_rows);
+  count_and_order(plan.program, plan.forward_rows);
+  const bool shared = plan.backward_rows.visible == plan.forward_rows.visible;
+  if (!shared) {
+    build_row_map(plan.program, plan.backward_rows);
+    count_and_order(plan.program, plan.backward_rows);
+  }
+  transpose_map(plan.program, plan.backward_rows, plan.backward_columns);
+  count_and_order(plan.program, plan.backward_columns);
+}
+
+}  // namespace anymask::cpu

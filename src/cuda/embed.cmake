@@ -1,0 +1,17 @@
+# Writes OUTPUT, a C++ file that holds every header of FILES (separated by |, relative to ROOT).
+# Run at build time: cmake -DROOT=... -DFILES=... -DOUTPUT=... -P embed.cmake
+string(REPLACE "|" ";" files "${FILES}")
+list(SORT files)
+set(text "#include \"cuda/sources.h\"\n\nnamespace anymask::cuda {\nnamespace {\n")
+string(APPEND text "constexpr SourceFile kSources[] = {\n")
+foreach(file IN LISTS files)
+  file(READ "${ROOT}/${file}" content)
+  if(content MATCHES "\\)embedded\"")
+    message(FATAL_ERROR "${file}: ends the raw string it is embedded in")
+  endif()
+  string(APPEND text "    {\"${file}\", R\"embedded(${content})embedded\"},\n")
+endforeach()
+string(APPEND text "};\n}  // namespace\n\n")
+string(APPEND text "std::span<const SourceFile> embedded_sources() { return kSources; }\n\n")
+string(APPEND text "}  // namespace anymask::cuda\n")
+file(WRITE "${OUTPUT}" "${text}")
