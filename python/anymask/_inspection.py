@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,10 +41,10 @@ class _Query:
     def __init__(
         self,
         mask: Mask,
-        batch: Optional[int],
-        q_heads: Optional[int],
-        q_len: Optional[int],
-        kv_len: Optional[int],
+        batch: int | None,
+        q_heads: int | None,
+        q_len: int | None,
+        kv_len: int | None,
     ) -> None:
         told = infer_sizes(mask.spec, mask.arrays)
         q_len = told.q_len if q_len is None else q_len
@@ -82,10 +82,10 @@ class _Query:
 
 def to_dense(
     mask: Mask,
-    batch: Optional[int],
-    q_heads: Optional[int],
-    q_len: Optional[int],
-    kv_len: Optional[int],
+    batch: int | None,
+    q_heads: int | None,
+    q_len: int | None,
+    kv_len: int | None,
 ) -> Any:
     query = _Query(mask, batch, q_heads, q_len, kv_len)
     allowed = np.empty((*query.shape, query.q_len, query.kv_len), np.uint8)
@@ -101,11 +101,11 @@ def to_dense(
 
 def statistics(
     mask: Mask,
-    batch: Optional[int],
-    q_heads: Optional[int],
-    q_len: Optional[int],
-    kv_len: Optional[int],
-    tile: "tuple[int, int]",
+    batch: int | None,
+    q_heads: int | None,
+    q_len: int | None,
+    kv_len: int | None,
+    tile: tuple[int, int],
 ) -> MaskStatistics:
     query = _Query(mask, batch, q_heads, q_len, kv_len)
     counts = (ctypes.c_int64 * len(MaskStatistics._fields))()
@@ -115,11 +115,11 @@ def statistics(
 
 def tile_classes(
     mask: Mask,
-    batch: Optional[int],
-    q_heads: Optional[int],
-    q_len: Optional[int],
-    kv_len: Optional[int],
-    tile: "tuple[int, int]",
+    batch: int | None,
+    q_heads: int | None,
+    q_len: int | None,
+    kv_len: int | None,
+    tile: tuple[int, int],
 ) -> np.ndarray:
     query = _Query(mask, batch, q_heads, q_len, kv_len)
     rows, columns = (-(-n // size) for n, size in zip((query.q_len, query.kv_len), tile))
@@ -141,7 +141,7 @@ class Intervals(NamedTuple):
     causal: bool
 
 
-def intervals_from_dense(allowed: Any, causal: Optional[bool] = None) -> Intervals:
+def intervals_from_dense(allowed: Any, causal: bool | None = None) -> Intervals:
     """Recovers ``startend_row_indices`` from a dense mask.
 
     Args:

@@ -6,7 +6,6 @@ import ctypes
 import os
 import threading
 from pathlib import Path
-from typing import Optional
 
 _NAME = "libanymask.so"
 
@@ -44,10 +43,10 @@ _PROTOTYPES = {
 _EXCEPTIONS = {1: ValueError, 2: TypeError, 3: NotImplementedError, 4: RuntimeError}
 
 _lock = threading.Lock()
-_loaded: Optional[ctypes.CDLL] = None
+_loaded: ctypes.CDLL | None = None
 
 
-def candidates() -> "list[Path]":
+def candidates() -> list[Path]:
     """Where the library is looked for: ``ANYMASK_LIBRARY`` alone if set, else the package."""
     override = os.environ.get("ANYMASK_LIBRARY")
     return [Path(override)] if override else [Path(__file__).with_name(_NAME)]

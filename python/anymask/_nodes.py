@@ -8,7 +8,8 @@ other framework can carry.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 FULL = 0
 CAUSAL = 1
@@ -29,10 +30,10 @@ class Node(NamedTuple):
     kind: int
     left: int
     right: int
-    arrays: "tuple[Any, ...]"
+    arrays: tuple[Any, ...]
 
 
-def nodes_of(spec: Sequence[int], arrays: Sequence[Any]) -> "list[Node]":
+def nodes_of(spec: Sequence[int], arrays: Sequence[Any]) -> list[Node]:
     """The nodes in postfix order."""
     nodes = []
     position = 0
@@ -85,7 +86,7 @@ def _leaf_text(node: Node) -> str:
 
 def text_of(spec: Sequence[int], arrays: Sequence[Any]) -> str:
     """The Python expression that makes the mask, arrays by type and shape."""
-    stack: "list[tuple[str, int]]" = []  # (text, how tightly its outermost operator binds)
+    stack: list[tuple[str, int]] = []  # (text, how tightly its outermost operator binds)
     for node in nodes_of(spec, arrays):
         binding = _BINDING.get(node.kind)
         if binding is None:
@@ -109,10 +110,10 @@ def text_of(spec: Sequence[int], arrays: Sequence[Any]) -> str:
 class Sizes(NamedTuple):
     """Batch, heads and lengths; None where nothing tells."""
 
-    batch: Optional[int] = None
-    q_heads: Optional[int] = None
-    q_len: Optional[int] = None
-    kv_len: Optional[int] = None
+    batch: int | None = None
+    q_heads: int | None = None
+    q_len: int | None = None
+    kv_len: int | None = None
 
 
 def _leaf_sizes(node: Node) -> Sizes:
@@ -138,7 +139,7 @@ def _leaf_sizes(node: Node) -> Sizes:
     return Sizes()
 
 
-def _common(name: str, values: "list[int]") -> Optional[int]:
+def _common(name: str, values: list[int]) -> int | None:
     distinct = sorted(set(values))
     if len(distinct) > 1:
         raise ValueError(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
-from typing import Any, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -40,10 +41,10 @@ _SHORT_NAMES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "
 _SHORT_NAMES.update({"half": "float16", "bf16": "bfloat16", "f64": "float64", "fp64": "float64"})
 _PAD = {n: (1,) * n for n in range(5)}
 
-_torch_codes: "dict[Any, int]" = {}
+_torch_codes: dict[Any, int] = {}
 
 
-def torch_module() -> Optional[Any]:
+def torch_module() -> Any | None:
     """torch if something has imported it, else None."""
     return sys.modules.get("torch")
 
@@ -78,8 +79,12 @@ def torch_code(dtype: Any, name: str) -> int:
     return code
 
 
-def pack_torch(tensor: Any, name: str) -> bytes:
-    """anymask_tensor of a torch tensor (strides in elements, no copy)."""
+def pack_torch(tensor: Any, name: str, pointer: int | None = None) -> bytes:
+    """anymask_tensor of a torch tensor (strides in elements, no copy).
+
+    `pointer` stands in for the address of a tensor without memory, where only its shape matters.
+    """
+    address = tensor.data_ptr() if pointer is None else pointer
     shape, ndim = tensor.shape, tensor.dim()
     if ndim > 4 or ndim == 0:
         raise ValueError(f"{name}: got {ndim} dimensions, 1 to 4 are possible")
@@ -92,12 +97,10 @@ def pack_torch(tensor: Any, name: str) -> bytes:
         raise TypeError(f"{name}: got a tensor on {device}, it must be on the CPU or a CUDA GPU")
     code = torch_code(tensor.dtype, name)
     if ndim == 4:
-        return _TENSOR.pack(
-            tensor.data_ptr(), code, device_type, index, 4, *shape, *tensor.stride()
-        )
+        return _TENSOR.pack(address, code, device_type, index, 4, *shape, *tensor.stride())
     pad = _PAD[4 - ndim]
     return _TENSOR.pack(
-        tensor.data_ptr(), code, device_type, index, ndim, *shape, *pad, *tensor.stride(), *pad
+        address, code, device_type, index, ndim, *shape, *pad, *tensor.stride(), *pad
     )
 
 
@@ -113,9 +116,7 @@ def pack_numpy(array: np.ndarray, name: str) -> bytes:
     if any(stride % size for stride in array.strides):
         raise ValueError(f"{name}: got strides {array.strides} that split its elements")
     pad = _PAD[4 - ndim]
-    return _TENSOR.pack(
-        array.ctypes.data, code, CPU, 0, ndim, *array.shape, *pad, *strides, *pad
-    )
+    return _TENSOR.pack(array.ctypes.data, code, CPU, 0, ndim, *array.shape, *pad, *strides, *pad)
 
 
 def pack(array: Any, name: str) -> bytes:
@@ -131,7 +132,7 @@ def pack(array: Any, name: str) -> bytes:
     raise TypeError(f"{name}: got {type(array).__name__}, a NumPy array or torch tensor is needed")
 
 
-def pack_nodes(spec: Sequence[int], arrays: Sequence[Any]) -> bytes:
+def pack_nodes(spec: Sequence[int], arrays: Sequence[Any], pointer: int | None = None) -> bytes:
     """The array of anymask_node that a mask's spec (four integers a node) and arrays state."""
     parts = []
     position = 0
@@ -140,7 +141,11 @@ def pack_nodes(spec: Sequence[int], arrays: Sequence[Any]) -> bytes:
         parts.append(_NODE.pack(spec[i], 0, spec[i + 1], spec[i + 2]))
         for slot in range(2):
             if slot < count:
-                parts.append(pack(arrays[position], "mask"))
+                array = arrays[position]
+                if pointer is None:
+                    parts.append(pack(array, "mask"))
+                else:
+                    parts.append(pack_torch(array, "mask", pointer))
                 position += 1
             else:
                 parts.append(NO_TENSOR)
@@ -155,8 +160,13 @@ def pack_problem(sizes: Sequence[int], dtype: int, device_type: int, index: int)
 _MASK = struct.Struct("@Pq")
 
 
-def pack_mask(spec: Sequence[int], arrays: Sequence[Any]) -> "tuple[bytes, Any]":
-    """anymask_mask and the object that must live as long as it is used."""
-    nodes = pack_nodes(spec, arrays)
+def pack_mask(
+    spec: Sequence[int], arrays: Sequence[Any], pointer: int | None = None
+) -> tuple[bytes, Any]:
+    """anymask_mask and the object that must live as long as it is used.
+
+    `pointer` stands for the arrays' memory where only their shapes matter (fake tensors).
+    """
+    nodes = pack_nodes(spec, arrays, pointer)
     buffer = ctypes.create_string_buffer(nodes, len(nodes))
     return _MASK.pack(ctypes.addressof(buffer), len(spec) // 4), buffer

@@ -13,13 +13,13 @@ and layers. Everything is checked in full when a mask meets a problem: in `atten
 
 from __future__ import annotations
 
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Union
 
 import numpy as np
 
 from anymask import _nodes as nodes
 
-_Size = Union[int, Tuple[int, int]]
+_Size = Union[int, tuple[int, int]]
 
 
 class Mask:
@@ -29,21 +29,21 @@ class Mask:
     and ``~`` (the opposite). At most 16 leaves.
     """
 
-    spec: "tuple[int, ...]"
-    arrays: "tuple[Any, ...]"
+    spec: tuple[int, ...]
+    arrays: tuple[Any, ...]
 
-    def __init__(self, spec: "tuple[int, ...]", arrays: "tuple[Any, ...]" = ()) -> None:
+    def __init__(self, spec: tuple[int, ...], arrays: tuple[Any, ...] = ()) -> None:
         self.spec = spec
         self.arrays = arrays
 
-    def __and__(self, other: "Mask") -> "Mask":
+    def __and__(self, other: Mask) -> Mask:
         return _joined(self, other, nodes.AND)
 
-    def __or__(self, other: "Mask") -> "Mask":
+    def __or__(self, other: Mask) -> Mask:
         return _joined(self, other, nodes.OR)
 
-    def __invert__(self) -> "Mask":
-        return Mask(self.spec + (nodes.NOT, 0, 0, 0), self.arrays)
+    def __invert__(self) -> Mask:
+        return Mask((*self.spec, nodes.NOT, 0, 0, 0), self.arrays)
 
     def __bool__(self) -> bool:
         raise TypeError("a Mask has no truth value: join masks with &, | and ~, not and, or, not")
@@ -51,7 +51,7 @@ class Mask:
     def __repr__(self) -> str:
         return nodes.text_of(self.spec, self.arrays)
 
-    def to(self, device: Any) -> "Mask":
+    def to(self, device: Any) -> Mask:
         """The same mask with its arrays as torch tensors on `device`."""
         import torch
 
@@ -62,10 +62,10 @@ class Mask:
 
     def to_dense(
         self,
-        batch: Optional[int] = None,
-        q_heads: Optional[int] = None,
-        q_len: Optional[int] = None,
-        kv_len: Optional[int] = None,
+        batch: int | None = None,
+        q_heads: int | None = None,
+        q_len: int | None = None,
+        kv_len: int | None = None,
     ) -> Any:
         """True where a query may see a key: bool [mask batch, mask heads, q_len, kv_len].
 
@@ -85,10 +85,10 @@ class Mask:
 
     def density(
         self,
-        batch: Optional[int] = None,
-        q_heads: Optional[int] = None,
-        q_len: Optional[int] = None,
-        kv_len: Optional[int] = None,
+        batch: int | None = None,
+        q_heads: int | None = None,
+        q_len: int | None = None,
+        kv_len: int | None = None,
     ) -> float:
         """The share of pairs that are allowed, counted exactly, O(1) memory a pair.
 
@@ -99,10 +99,10 @@ class Mask:
 
     def statistics(
         self,
-        batch: Optional[int] = None,
-        q_heads: Optional[int] = None,
-        q_len: Optional[int] = None,
-        kv_len: Optional[int] = None,
+        batch: int | None = None,
+        q_heads: int | None = None,
+        q_len: int | None = None,
+        kv_len: int | None = None,
         *,
         tile: _Size = 128,
     ) -> Any:
@@ -114,10 +114,10 @@ class Mask:
 
     def tile_classes(
         self,
-        batch: Optional[int] = None,
-        q_heads: Optional[int] = None,
-        q_len: Optional[int] = None,
-        kv_len: Optional[int] = None,
+        batch: int | None = None,
+        q_heads: int | None = None,
+        q_len: int | None = None,
+        kv_len: int | None = None,
         *,
         tile: _Size = 128,
     ) -> np.ndarray:
@@ -152,7 +152,7 @@ def _integer(value: Any, name: str) -> int:
     return value if isinstance(value, int) else value.__index__()
 
 
-def _pair(name: str, size: _Size) -> "tuple[int, int]":
+def _pair(name: str, size: _Size) -> tuple[int, int]:
     rows, columns = size if isinstance(size, tuple) else (size, size)
     rows, columns = _integer(rows, name), _integer(columns, name)
     if rows <= 0 or columns <= 0:
@@ -197,7 +197,7 @@ def prefix_lm(length: Any) -> Mask:
     Args:
         length: an integer, or an int32 or int64 array [batch] (or [1]) of one length a batch entry.
     """
-    if hasattr(length, "ndim") and length.ndim > 0 or isinstance(length, (list, tuple)):
+    if (hasattr(length, "ndim") and length.ndim > 0) or isinstance(length, (list, tuple)):
         lengths = _array(length, "length")
         _dimensions(lengths, "length", "an integer or [batch]", 1)
         return Mask((nodes.PREFIX_LM, 0, 0, 1), (lengths,))

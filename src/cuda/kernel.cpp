@@ -180,14 +180,18 @@ void launch_raw(const Kernel& kernel, Grid grid, CuStream stream, const void* pa
 std::string kernel_source(const KernelConfig& config) {
   const KernelFamily& family = *config.family;
   const std::string params = family.params;
-  return std::string("#include \"") + family.header + "\"\n" +
-         "static_assert(sizeof(" + params + ") == " + std::to_string(family.param_bytes) +
-         ", \"host and device disagree about the parameters\");\n" +
-         "constexpr " + family.config + " kConfig{" + values_text(config) + "};\n" +
-         "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(config.threads) + ", " +
-         std::to_string(config.min_blocks) + ")\n" + kKernelEntry +
-         "(const __grid_constant__ " + params + " params) {\n" +
-         "  " + family.function + "<kConfig>(params);\n}\n";
+  std::string source = std::string("#include \"") + family.header + "\"\n";
+  source += "static_assert(sizeof(" + params + ") == " + std::to_string(family.param_bytes) +
+            ", \"host and device disagree about the parameters\");\n";
+  std::string call = family.function;
+  if (family.config != nullptr) {
+    source += std::string("constexpr ") + family.config + " kConfig{" + values_text(config) + "};\n";
+    call += "<kConfig>";
+  }
+  source += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(config.threads) +
+            ", " + std::to_string(config.min_blocks) + ")\n";
+  source += std::string(kKernelEntry) + "(const __grid_constant__ " + params + " params) {\n";
+  return source + "  " + call + "(params);\n}\n";
 }
 
 std::string kernel_title(const KernelConfig& config) {

@@ -20,7 +20,8 @@ namespace anymask::cuda {
 struct KernelFamily {
   const char* name;      // in file names and messages: "forward"
   const char* header;    // embedded header: "cuda/device/sm90/forward.h"
-  const char* config;    // type of the template argument: "anymask::cuda::ForwardConfig"
+  const char* config;    // type of the template argument: "anymask::cuda::ForwardConfig"; nullptr:
+                         // the function is no template
   const char* params;    // type of the one parameter: "anymask::cuda::ForwardParams"
   const char* function;  // "anymask::cuda::forward_kernel", called as forward_kernel<kConfig>(params)
   int capability;        // the only compute capability it runs on, 90 for 9.0; 0: any from 8.0 on

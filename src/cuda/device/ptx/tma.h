@@ -1,26 +1,22 @@
-// Bulk tensor copies (TMA): global memory to shared memory, finished on an mbarrier.
+// Bulk tensor copies (TMA): global memory to shared memory, finished on an mbarrier. A map is the
+// driver's CUtensorMap inside a __grid_constant__ parameter.
 #pragma once
 
 #include "cuda/device/ptx/barrier.h"
 
 namespace anymask::ptx {
 
-// The driver's CUtensorMap, opaque.
-struct alignas(64) TensorMap {
-  uint64_t opaque[16];
-};
-
-__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+__device__ __forceinline__ void prefetch_map(const void* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
 // Copies the map's box at (x, row, head, batch) to `to`; elements outside the tensor become 0.
-__device__ __forceinline__ void load_box(void* to, const TensorMap& map, Barrier& barrier, int x,
+__device__ __forceinline__ void load_box(void* to, const void* map, Barrier& barrier, int x,
                                          int row, int head, int batch) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, "
       "%4, %5, %6}], [%2];" ::"r"(shared_address(to)),
-      "l"(&map), "r"(shared_address(&barrier.state)), "r"(x), "r"(row), "r"(head), "r"(batch)
+      "l"(map), "r"(shared_address(&barrier.state)), "r"(x), "r"(row), "r"(head), "r"(batch)
       : "memory");
 }
 

@@ -2,10 +2,9 @@
 #pragma once
 
 #include "cuda/device/ptx/barrier.h"
+#include "cuda/device/ptx/element.h"
 
 namespace anymask::ptx {
-
-enum class Element : int32_t { kBf16, kF16 };
 
 // ---- ordering ----------------------------------------------------------------------------------
 
@@ -26,16 +25,15 @@ __device__ __forceinline__ void wgmma_wait() {
 
 // Keeps the compiler from moving uses of these registers across this point: it does not know that
 // products finish later than they are issued.
-template <typename T, int kCount>
-__device__ __forceinline__ void pin(T (&registers)[kCount]) {
+template <int kCount>
+__device__ __forceinline__ void pin(float (&registers)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    if constexpr (sizeof(T) == 4 && T(0.5) != T(0)) {
-      asm volatile("" : "+f"(registers[i])::"memory");
-    } else {
-      asm volatile("" : "+r"(registers[i])::"memory");
-    }
-  }
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
 // ---- matrix descriptors (128-byte swizzle) ---------------------------------------------------------

@@ -1,0 +1,52 @@
+"""anymask: flash attention under any mask, on CPUs and NVIDIA GPUs.
+
+import anymask as am
+
+out = am.attention(q, k, v, am.causal() & am.documents(ids))
+"""
+
+from __future__ import annotations
+
+from anymask._inspection import Intervals, MaskStatistics, intervals_from_dense
+from anymask.attention import attention
+from anymask.masks import (
+    Mask,
+    blocks,
+    causal,
+    dense,
+    documents,
+    full,
+    ids,
+    intervals,
+    prefix_lm,
+    sliding_window,
+)
+from anymask.plans import Plan, Problem, plan
+
+__all__ = [
+    "Intervals",
+    "Mask",
+    "MaskStatistics",
+    "Plan",
+    "Problem",
+    "attention",
+    "blocks",
+    "causal",
+    "dense",
+    "documents",
+    "full",
+    "ids",
+    "intervals",
+    "intervals_from_dense",
+    "plan",
+    "prefix_lm",
+    "sliding_window",
+]
+
+
+def __getattr__(name: str) -> str:
+    if name == "__version__":
+        from anymask._library import version
+
+        return version()
+    raise AttributeError(f"module 'anymask' has no attribute {name!r}")

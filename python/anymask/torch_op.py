@@ -1,0 +1,372 @@
+"""The PyTorch operators anymask::plan, anymask::forward and anymask::backward.
+
+A mask enters as plain data, integers and tensors (see _nodes.py), so that Dynamo, autograd, fake
+tensors and checkpointing treat it like any other argument. Everything here works the same on the
+CPU and on CUDA; memory for plans and scratch comes from torch's allocator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anymask import _tensors
+from anymask._library import check, library
+from anymask._tensors import pack_torch
+from anymask.attention import FORWARD_TAIL, NAN
+from anymask.masks import Mask
+from anymask.plans import Plan, Problem
+
+_ALIGNMENT = 256
+# The end of anymask_backward_args: as FORWARD_TAIL, then deterministic, reserved
+_BACKWARD_TAIL = struct.Struct("@PqdPPq2i")
+_NAMES = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float64: "float64",
+}
+# Stands for the memory of fake tensors where the library looks at shapes only.
+_SOMEWHERE = 4096
+
+_lib = torch.library.Library("anymask", "DEF")
+_tags = (torch.Tag.pt2_compliant_tag,)
+_lib.define(
+    "plan(Tensor[] mask_arrays, SymInt[] mask_spec, SymInt[] sizes, ScalarType dtype, "
+    "Device device) -> Tensor",
+    tags=_tags,
+)
+_lib.define(
+    "forward(Tensor q, Tensor k, Tensor v, Tensor[] mask_arrays, SymInt[] mask_spec, Tensor? plan, "
+    "float? scale, bool deterministic) -> (Tensor, Tensor)",
+    tags=_tags,
+)
+_lib.define(
+    "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "Tensor[] mask_arrays, SymInt[] mask_spec, Tensor? plan, float? scale, bool deterministic) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_tags,
+)
+
+
+# ---- calling the library ------------------------------------------------------------------------
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    return (_tensors.CUDA, device.index) if device.type == "cuda" else (_tensors.CPU, 0)
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor) -> bytes:
+    batch, q_len, q_heads, head_dim = q.shape
+    sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
+    return _tensors.pack_problem(sizes, _tensors.torch_code(q.dtype, "q"), *_place(q.device))
+
+
+def _aligned(plan: Tensor) -> Tensor:
+    """The plan, moved if something (a saved-tensor hook, say) gave it other memory."""
+    if plan.data_ptr() % _ALIGNMENT == 0:
+        return plan
+    return _aligned_bytes(plan.numel(), plan.device).copy_(plan)
+
+
+def _aligned_bytes(size: int, device: torch.device) -> Tensor:
+    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -memory.data_ptr() % _ALIGNMENT
+    return memory[start : start + size]
+
+
+def _plan_bytes(mask: bytes, problem: bytes) -> int:
+    size = ctypes.c_int64()
+    check(library().anymask_plan_bytes(mask, problem, ctypes.byref(size)))
+    return size.value
+
+
+def _build(mask: bytes, problem: bytes, device: torch.device) -> Tensor:
+    buffer = _aligned_bytes(_plan_bytes(mask, problem), device)
+    check(
+        library().anymask_build_plan(
+            mask, problem, buffer.data_ptr(), buffer.numel(), _stream(device)
+        )
+    )
+    return buffer
+
+
+def _scratch(problem: bytes, device: torch.device, deterministic: bool | None) -> Tensor:
+    """Scratch memory of a CUDA call: the forward pass for deterministic=None, else backward."""
+    size = ctypes.c_int64()
+    if deterministic is None:
+        check(library().anymask_forward_workspace_bytes(problem, ctypes.byref(size)))
+    else:
+        check(
+            library().anymask_backward_workspace_bytes(
+                problem, int(deterministic), ctypes.byref(size)
+            )
+        )
+    return torch.empty(size.value, dtype=torch.uint8, device=device)
+
+
+def _tail(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: bytes,
+    plan: Tensor | None,
+    scale: float | None,
+    deterministic: bool | None,
+) -> tuple[tuple[Any, ...], Any]:
+    """(plan, plan_bytes, scale, stream, workspace, workspace_bytes), and what must stay alive."""
+    scale = NAN if scale is None else scale
+    if plan is not None:
+        plan = _aligned(plan)
+    if q.device.type != "cuda":
+        if plan is None:
+            return (0, 0, scale, 0, 0, 0), None
+        return (plan.data_ptr(), plan.numel(), scale, 0, 0, 0), plan
+    problem = _problem(q, k, v)
+    plan = _build(mask, problem, q.device) if plan is None else plan
+    work = _scratch(problem, q.device, deterministic)
+    stream = _stream(q.device)
+    values = (plan.data_ptr(), plan.numel(), scale, stream, work.data_ptr(), work.numel())
+    return values, (plan, work)
+
+
+def _four(tensor: Tensor, name: str) -> None:
+    if tensor.dim() != 4:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, 4 dimensions are needed")
+
+
+# ---- the operators ------------------------------------------------------------------------------
+
+
+def _plan(
+    mask_arrays: list[Tensor],
+    mask_spec: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    code = _tensors.torch_code(dtype, "dtype")
+    return _build(mask, _tensors.pack_problem(sizes, code, *_place(device)), device)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_arrays: list[Tensor],
+    mask_spec: Sequence[int],
+    plan: Tensor | None,
+    scale: float | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _forward_outputs(q, k, v)
+    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    tail, _alive = _tail(q, k, v, mask, plan, scale, None)
+    args = b"".join(
+        (
+            pack_torch(q, "q"),
+            pack_torch(k, "k"),
+            pack_torch(v, "v"),
+            pack_torch(out, "out"),
+            pack_torch(lse, "lse"),
+            mask,
+            FORWARD_TAIL.pack(*tail),
+        )
+    )
+    check(library().anymask_attention_forward(args))
+    return out, lse
+
+
+def _forward_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    _four(q, "q")
+    _four(k, "k")
+    _four(v, "v")
+    batch, q_len, q_heads, _ = q.shape
+    out = q.new_empty((batch, q_len, q_heads, v.shape[3]))
+    lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty((batch, q_heads, q_len), dtype=lse_type)
+
+
+def _backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask_arrays: list[Tensor],
+    mask_spec: Sequence[int],
+    plan: Tensor | None,
+    scale: float | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _gradients(q, k, v)
+    dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
+    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
+    dlse_view = _tensors.NO_TENSOR
+    if dlse is not None:
+        dlse = dlse.contiguous()
+        dlse_view = pack_torch(dlse, "dlse")
+    args = b"".join(
+        (
+            pack_torch(q, "q"),
+            pack_torch(k, "k"),
+            pack_torch(v, "v"),
+            pack_torch(out, "out"),
+            pack_torch(lse, "lse"),
+            pack_torch(dout, "dout"),
+            dlse_view,
+            pack_torch(gradients[0], "dq"),
+            pack_torch(gradients[1], "dk"),
+            pack_torch(gradients[2], "dv"),
+            mask,
+            _BACKWARD_TAIL.pack(*tail, deterministic, 0),
+        )
+    )
+    check(library().anymask_attention_backward(args))
+    return gradients
+
+
+def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # empty_like keeps the layout of dense tensors, so that a transposed leaf gets its own back.
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+_lib.impl("plan", _plan, "CompositeExplicitAutograd")
+_lib.impl("forward", _forward, "CompositeExplicitAutograd")
+_lib.impl("backward", _backward, "CompositeExplicitAutograd")
+
+
+# ---- fake tensors -------------------------------------------------------------------------------
+
+
+@torch.library.register_fake("anymask::plan", lib=_lib)
+def _plan_fake(mask_arrays, mask_spec, sizes, dtype, device):  # type: ignore[no-untyped-def]
+    integers = [*mask_spec, *sizes]
+    for array in mask_arrays:
+        integers += [*array.shape, *array.stride()]
+    if all(type(n) is int for n in integers):
+        mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays, _SOMEWHERE)
+        code = _tensors.torch_code(dtype, "dtype")
+        size = _plan_bytes(mask, _tensors.pack_problem(sizes, code, *_place(device)))
+    else:
+        size = torch.library.get_ctx().new_dynamic_size()
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+@torch.library.register_fake("anymask::forward", lib=_lib)
+def _forward_fake(q, k, v, mask_arrays, mask_spec, plan, scale, deterministic):  # type: ignore
+    return _forward_outputs(q, k, v)
+
+
+@torch.library.register_fake("anymask::backward", lib=_lib)
+def _backward_fake(dout, dlse, q, k, v, *rest):  # type: ignore[no-untyped-def]
+    return _gradients(q, k, v)
+
+
+# ---- autograd -----------------------------------------------------------------------------------
+
+
+def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    q, k, v, mask_arrays, mask_spec, plan, scale, deterministic = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, plan, *mask_arrays)
+    ctx.mask_spec = mask_spec
+    ctx.scale = scale
+    ctx.deterministic = deterministic
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+    if dout is None and dlse is None:
+        return (None,) * 8
+    q, k, v, out, lse, plan, *mask_arrays = ctx.saved_tensors
+    gradients = torch.ops.anymask.backward(
+        dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
+        ctx.deterministic,
+    )  # fmt: skip
+    return (*gradients, None, None, None, None, None)
+
+
+torch.library.register_autograd("anymask::forward", _gradient, setup_context=_setup, lib=_lib)
+
+
+# ---- what attention.py and plans.py call --------------------------------------------------------
+
+
+def _arrays(mask: Mask) -> list[Tensor]:
+    return [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in mask.arrays]
+
+
+def _device_name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index}"
+
+
+def make_plan(mask: Mask, sizes: tuple[int, ...], dtype: Any, device: Any) -> Plan:
+    """plans.plan for torch."""
+    dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, _tensors.dtype_name(dtype))
+    if dtype not in _NAMES:
+        raise TypeError(f"dtype: got {dtype}, one of {', '.join(_NAMES.values())} is needed")
+    if device is None:
+        device = mask.arrays[0].device if isinstance(mask.arrays[0], Tensor) else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    buffer = torch.ops.anymask.plan(_arrays(mask), mask.spec, sizes, dtype, device)
+    return Plan(mask, Problem(*sizes, _NAMES[dtype], _device_name(device)), buffer)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Mask,
+    plan: Plan | None,
+    scale: float | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """attention.attention for torch tensors."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(
+                f"{name}: got {type(tensor).__name__}; q, k and v must all be torch tensors or all "
+                "NumPy arrays"
+            )
+        _four(tensor, name)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if q.dtype not in _NAMES:
+        raise TypeError(f"q: got {q.dtype}, one of {', '.join(_NAMES.values())} is needed")
+    arrays = _arrays(mask)
+    batch, q_len, q_heads, head_dim = q.shape
+    sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
+    if plan is not None:
+        plan.check(Problem(*sizes, _NAMES[q.dtype], _device_name(q.device)))
+        buffer = plan.buffer
+        buffer = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        # Made here rather than inside forward, so that autograd saves it for backward.
+        buffer = torch.ops.anymask.plan(arrays, mask.spec, sizes, q.dtype, q.device)
+    else:
+        buffer = None
+    return torch.ops.anymask.forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)

@@ -1,0 +1,101 @@
+// Packs a dense mask into words of 32 rows: one pass over its elements.
+#pragma once
+
+#include "cuda/device/plan_params.h"
+
+namespace anymask::cuda {
+
+template <int kBytes>
+struct Element;
+template <>
+struct Element<1> {
+  using Type = uint8_t;
+};
+template <>
+struct Element<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Element<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Element<8> {
+  using Type = uint64_t;
+};
+
+// 32 rows of one column. Loads of neighbouring lanes are neighbours when columns are contiguous;
+// when rows are, a thread reads whole sectors by itself.
+template <typename T>
+inline uint32_t pack_column(const T* first, int64_t row_stride, int rows) {
+  uint32_t word = 0;
+#pragma unroll
+  for (int r = 0; r < 32; ++r) {
+    if (r < rows) word |= static_cast<uint32_t>(first[r * row_stride] != 0) << r;
+  }
+  return word;
+}
+
+// 32 rows of four columns of bytes. A byte that is not 0 sets its top bit; shifting right once a row
+// collects eight rows in each byte, and the four bytes of a column then sit in four registers.
+inline void pack_quad(const uint8_t* first, int64_t row_stride, int rows, uint32_t* words) {
+  uint32_t eights[4];
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {
+    uint32_t collected = 0;
+#pragma unroll
+    for (int r = 8 * part; r < 8 * part + 8; ++r) {
+      const uint32_t four =
+          r < rows ? *reinterpret_cast<const uint32_t*>(first + r * row_stride) : 0u;
+      const uint32_t nonzero = (((four & 0x7f7f7f7fu) + 0x7f7f7f7fu) | four) & 0x80808080u;
+      collected = ((collected >> 1) & 0x7f7f7f7fu) | nonzero;
+    }
+    eights[part] = collected;
+  }
+#pragma unroll
+  for (int column = 0; column < 4; ++column) {
+    const uint32_t low = __byte_perm(eights[0], eights[1], column | (column + 4) << 4);
+    const uint32_t high = __byte_perm(eights[2], eights[3], column | (column + 4) << 4);
+    words[column] = __byte_perm(low, high, 0x5410);
+  }
+}
+
+template <PackConfig kConfig>
+inline void pack(const PackParams& params) {
+  using T = typename Element<kConfig.bytes>::Type;
+  const int column_block = static_cast<int>(blockIdx.x % params.column_blocks);
+  const int rest = static_cast<int>(blockIdx.x / params.column_blocks);
+  const int word_row = rest % params.word_rows;
+  const int place = rest / params.word_rows;
+  const int64_t batch = place / params.heads;
+  const int64_t head = place % params.heads;
+
+  const rules::Array& dense = params.dense;
+  const int first_row = word_row * rules::kWordRows;
+  const int rows = rules::min_of(rules::kWordRows, params.q_len - first_row);
+  const T* from = static_cast<const T*>(dense.data) + batch * dense.batch_stride +
+                  head * dense.head_stride + first_row * dense.row_stride;
+  const rules::Array& words = params.words;
+  uint32_t* to = static_cast<uint32_t*>(const_cast<void*>(words.data)) +
+                 batch * words.batch_stride + head * words.head_stride +
+                 word_row * words.row_stride;
+
+  const int thread = column_block * kPackThreads + static_cast<int>(threadIdx.x);
+  if constexpr (kConfig.quads) {
+    const int column = 4 * thread;
+    if (column >= params.kv_len) return;
+    if (column + 4 <= params.kv_len) {
+      uint32_t packed[4];
+      pack_quad(from + column, dense.row_stride, rows, packed);
+      *reinterpret_cast<uint4*>(to + column) = {packed[0], packed[1], packed[2], packed[3]};
+      return;
+    }
+    for (int last = column; last < params.kv_len; ++last) {
+      to[last] = pack_column(from + last, dense.row_stride, rows);
+    }
+  } else if (thread < params.kv_len) {
+    to[thread] = pack_column(from + thread * dense.column_stride, dense.row_stride, rows);
+  }
+}
+
+}  // namespace anymask::cuda

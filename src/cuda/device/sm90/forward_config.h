@@ -1,0 +1,65 @@
+// The Hopper forward kernel's variants and its one parameter. Host and device.
+#pragma once
+
+#include "cuda/device/ptx/element.h"
+#include "plan/layout.h"
+#include "rules/program.h"
+
+namespace anymask::cuda {
+
+// One variant. Integers only: the launcher hands them to the compiler as a list.
+struct ForwardConfig {
+  int32_t half;         // 1: fp16, 0: bf16
+  int32_t depth;        // head dimension of q and k, padded: 64, 128, 192, 256
+  int32_t value_depth;  // head dimension of v and out, padded likewise
+  int32_t warpgroups;   // math warpgroups, 64 query rows each
+  int32_t columns;      // keys of a tile, a multiple of 16
+  int32_t stages;       // tiles of K, and of V, in shared memory
+  int32_t bit_slots;    // partial tiles whose bits are in shared memory
+  int32_t overlap;      // 1: the next Q K^T runs under this tile's softmax (needs registers for P)
+  int32_t turns;        // overlap only. 1: warpgroups take turns at issuing products
+  int32_t pieces;       // without overlap: P V is issued in this many pieces, as P is made
+  int32_t math_registers;
+  int32_t load_registers;
+
+  constexpr int rows() const { return 64 * warpgroups; }
+  constexpr int threads() const { return 128 * (warpgroups + 1); }
+  // Words of mask bits per row: a word holds the 32 columns that one thread of a quad owns among
+  // 128, so a wider tile has more than one group.
+  constexpr int word_groups() const { return (columns + 127) / 128; }
+};
+
+// The driver's CUtensorMap.
+struct alignas(64) TensorMapBytes {
+  uint64_t opaque[16];
+};
+
+struct ForwardParams {
+  TensorMapBytes q;  // dimensions: depth, length, heads, batch
+  TensorMapBytes k;
+  TensorMapBytes v;
+
+  void* out;
+  int64_t out_batch_stride;  // in elements
+  int64_t out_row_stride;
+  int64_t out_head_stride;
+  float* lse;  // [batch][q_heads][q_len], natural log, or null
+
+  int32_t q_heads;
+  int32_t group_heads;  // query heads per kv head
+  int32_t q_len;
+  int32_t kv_len;
+  int32_t value_depth;  // as given, not padded
+  float scale_log2;     // |scale| * log2(e), above 0
+  int32_t negate;       // 1: scale < 0
+
+  int32_t pairs;       // batch * q_heads: (batch, head) pairs, heads innermost
+  int32_t chunk;       // pairs that run together, so that their K and V stay in L2
+  int32_t items;       // pairs * row tiles
+  int32_t* next_item;  // 0 at launch
+
+  plan::TileMap map;
+  rules::Program program;
+};
+
+}  // namespace anymask::cuda

@@ -1,0 +1,88 @@
+// The shared-memory plan of the Hopper forward kernel, and how its rings are walked.
+#pragma once
+
+#include "cuda/device/ptx/barrier.h"
+#include "cuda/device/sm90/forward_config.h"
+
+namespace anymask::cuda {
+
+// 128-byte rows: the widest swizzle of the copy engine and of wgmma, free of bank conflicts.
+inline constexpr int kSlabColumns = 64;
+inline constexpr int kSlabRowBytes = 128;
+
+inline constexpr int kMathWarps = 4;  // warps of a warpgroup
+inline constexpr int kBitWarps = 3;   // of the producer warpgroup; the fourth loads
+inline constexpr int kItemSlots = 2;  // deeper would claim work too early for an even finish
+
+// One row tile of one head. count < 0: no more work.
+struct Item {
+  int32_t row_tile;
+  int32_t batch;
+  int32_t head;
+  int32_t count;  // visible key tiles
+};
+
+template <ForwardConfig C>
+struct ForwardShared {
+  static constexpr int kWarpgroups = C.warpgroups;
+  static constexpr int kGroups = C.word_groups();
+
+  alignas(1024) uint8_t q[kWarpgroups][C.depth / kSlabColumns][64 * kSlabRowBytes];
+  alignas(1024) uint8_t k[C.stages][C.depth / kSlabColumns][C.columns * kSlabRowBytes];
+  alignas(1024) uint8_t v[C.stages][C.value_depth / kSlabColumns][C.columns * kSlabRowBytes];
+
+  // Mask bits: [group][row][quad lane], so that a warp of math threads reads 32 words in a row.
+  alignas(16) uint32_t bits[C.bit_slots][kWarpgroups][kGroups][64][4];
+  // Class of each strip of 64 rows, one byte per quad lane: bit 0 visible, bit 1 hidden.
+  uint32_t classes[C.bit_slots][kWarpgroups][kGroups];
+
+  ptx::Barrier q_full[kWarpgroups], q_empty[kWarpgroups];
+  ptx::Barrier k_full[C.stages], k_empty[C.stages];
+  ptx::Barrier v_full[C.stages], v_empty[C.stages];
+  ptx::Barrier bits_full[C.bit_slots][kWarpgroups], bits_empty[C.bit_slots][kWarpgroups];
+  ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
+  uint32_t partial[C.stages];  // the tile of K in this stage needs its bits
+  Item items[kItemSlots];
+
+  static constexpr int kQBytes = 64 * C.depth * 2;  // of one warpgroup
+  static constexpr int kKBytes = C.columns * C.depth * 2;
+  static constexpr int kVBytes = C.columns * C.value_depth * 2;
+
+  __device__ __forceinline__ void init() {
+    for (int w = 0; w < kWarpgroups; ++w) {
+      q_full[w].init(1);
+      q_empty[w].init(kMathWarps);
+      for (int s = 0; s < C.bit_slots; ++s) {
+        bits_full[s][w].init(4 * kGroups);
+        bits_empty[s][w].init(kMathWarps);
+      }
+    }
+    for (int s = 0; s < C.stages; ++s) {
+      k_full[s].init(1);
+      v_full[s].init(1);
+      k_empty[s].init(kMathWarps * kWarpgroups);
+      v_empty[s].init(kMathWarps * kWarpgroups);
+    }
+    for (int s = 0; s < kItemSlots; ++s) {
+      item_full[s].init(1);
+      item_empty[s].init(kMathWarps * kWarpgroups + kBitWarps);
+    }
+    ptx::fence_barrier_init();
+  }
+};
+
+// A place in a ring of kSlots and the parity of its current lap.
+template <int kSlots>
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void next() {
+    if (++slot == kSlots) {
+      slot = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+}  // namespace anymask::cuda

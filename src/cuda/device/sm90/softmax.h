@@ -1,0 +1,91 @@
+// Online softmax on wgmma accumulators: a thread holds two rows (r = 0, 1), N / 4 columns of each.
+#pragma once
+
+#include "cuda/device/ptx/registers.h"
+
+namespace anymask::cuda {
+
+inline constexpr float kMinusInfinity = __builtin_bit_cast(float, 0xff800000u);
+
+// Accumulator i belongs to row (i / 2) % 2 of the thread.
+template <int kCount>
+__device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float (&top)[2]) {
+  // Four chains a row keep the latency of the comparisons hidden.
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float chain[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) chain[c] = scores[4 * (c / 2) + 2 * r + c % 2];
+#pragma unroll
+    for (int i = 8; i < kCount; i += 8) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        chain[c] = fmaxf(chain[c], scores[i + 4 * (c / 2) + 2 * r + c % 2]);
+      }
+    }
+    top[r] = fmaxf(fmaxf(chain[0], chain[1]), fmaxf(chain[2], chain[3]));
+    top[r] = fmaxf(top[r], ptx::shuffle_xor(top[r], 1));
+    top[r] = fmaxf(top[r], ptx::shuffle_xor(top[r], 2));
+  }
+}
+
+struct RowState {
+  float top[2];  // the reference that scores are measured from; within 2^8 of the true maximum
+  float sum[2];  // this thread's share of the sum of exp2(scale * (score - top))
+
+  __device__ __forceinline__ void reset() {
+    top[0] = top[1] = kMinusInfinity;
+    sum[0] = sum[1] = 0.0f;
+  }
+
+  // Takes a tile's maxima in. The reference moves only when it has to: up to 2^8 above it, exp2
+  // stays far inside float32 and bf16, and neither output nor sum has to be rescaled. Returns
+  // whether some row of the warp moved; factor: what the output of each row is to be multiplied by.
+  __device__ __forceinline__ bool raise(const float (&tile_top)[2], float scale_log2,
+                                        float (&factor)[2]) {
+    constexpr float kSlack = 8.0f;
+    bool moved = false;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const bool move = (tile_top[r] - top[r]) * scale_log2 > kSlack;
+      factor[r] = move ? ptx::exp2_fast((top[r] - tile_top[r]) * scale_log2) : 1.0f;
+      if (move) top[r] = tile_top[r];
+      sum[r] *= factor[r];
+      moved |= move;
+    }
+    return __any_sync(0xffffffffu, moved);
+  }
+
+  // What exp2's argument is reduced by; 0 while the row has seen nothing.
+  __device__ __forceinline__ float base(int r, float scale_log2) const {
+    return top[r] == kMinusInfinity ? 0.0f : top[r] * scale_log2;
+  }
+};
+
+template <int kCount>
+__device__ __forceinline__ void scale_rows(float (&values)[kCount], const float (&factor)[2]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) values[i] *= factor[(i / 2) % 2];
+}
+
+// A quad's lanes hold 2 of 8 columns each for four blocks of columns; afterwards lane q holds all 8
+// of block q, in order.
+__device__ __forceinline__ void transpose_quad(uint32_t (&pieces)[4], int q) {
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+    const bool upper = (q & step) != 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if ((i & step) != 0) continue;
+      const uint32_t given = upper ? pieces[i] : pieces[i + step];
+      const uint32_t taken = ptx::shuffle_xor(given, step);
+      if (upper) {
+        pieces[i] = taken;
+      } else {
+        pieces[i + step] = taken;
+      }
+    }
+  }
+}
+
+}  // namespace anymask::cuda

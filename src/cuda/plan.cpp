@@ -1,0 +1,167 @@
+#include "cuda/plan.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "anymask/error.hpp"
+#include "cuda/device/plan_params.h"
+
+namespace anymask::cuda {
+namespace {
+
+constexpr KernelFamily kClassify = {"plan_classify",
+                                    "cuda/device/plan.h",
+                                    nullptr,
+                                    "anymask::cuda::ClassifyParams",
+                                    "anymask::cuda::classify",
+                                    0,
+                                    false,
+                                    sizeof(ClassifyParams)};
+constexpr KernelFamily kCount = {"plan_count",
+                                 "cuda/device/plan.h",
+                                 nullptr,
+                                 "anymask::cuda::OrderParams",
+                                 "anymask::cuda::count_tiles",
+                                 0,
+                                 false,
+                                 sizeof(OrderParams)};
+constexpr KernelFamily kOrder = {"plan_order",
+                                 "cuda/device/plan.h",
+                                 nullptr,
+                                 "anymask::cuda::OrderParams",
+                                 "anymask::cuda::order_tiles",
+                                 0,
+                                 false,
+                                 sizeof(OrderParams)};
+constexpr KernelFamily kPack = {"plan_pack",
+                                "cuda/device/pack.h",
+                                "anymask::cuda::PackConfig",
+                                "anymask::cuda::PackParams",
+                                "anymask::cuda::pack",
+                                0,
+                                false,
+                                sizeof(PackParams)};
+
+KernelConfig config_of(const KernelFamily& family, int threads) {
+  KernelConfig config;
+  config.family = &family;
+  config.threads = threads;
+  return config;
+}
+
+KernelConfig pack_config(int bytes, bool quads) {
+  KernelConfig config = config_of(kPack, kPackThreads);
+  config.values = {bytes, quads ? 1 : 0};
+  config.count = 2;
+  return config;
+}
+
+int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+Grid grid_of(int64_t blocks) {
+  if (blocks > std::numeric_limits<int32_t>::max()) {
+    throw Unsupported("plan: too many tiles for one launch (" + std::to_string(blocks) +
+                      " blocks): use fewer mask heads a call");
+  }
+  return {static_cast<uint32_t>(blocks)};
+}
+
+// Reading the words or elements of a dense leaf costs memory traffic, once for each span that is
+// asked about; everything else is cheaper asked about in large first.
+bool reads_every_pair(const rules::Program& program) {
+  return std::any_of(program.nodes, program.nodes + program.count, [](const rules::Node& node) {
+    return node.op == rules::Op::kBits || node.op == rules::Op::kDense;
+  });
+}
+
+void queue_classify(const rules::Program& program, const plan::TileMap* row_map,
+                    const plan::TileMap* column_map, int ordinal, CuStream stream) {
+  ClassifyParams params{};
+  params.program = program;
+  params.shape = row_map != nullptr ? row_map->shape : column_map->shape;
+  params.row_tiles = ceil_div(program.q_len, params.shape.rows);
+  params.key_tiles = ceil_div(program.kv_len, params.shape.columns);
+  params.row_groups = ceil_div(params.row_tiles, kClassifyRowTiles);
+  params.key_groups = ceil_div(params.key_tiles, 32) * (32 / kClassifyWarps);
+  params.widest_span = reads_every_pair(program) ? 1 : kClassifyRowTiles;
+  if (row_map != nullptr) params.row_map = *row_map;
+  if (column_map != nullptr) params.column_map = *column_map;
+  const int64_t blocks = int64_t{program.batches} * program.heads * params.row_groups *
+                         params.key_groups;
+  if (blocks == 0) return;
+  launch(kernel(config_of(kClassify, kClassifyThreads), ordinal), grid_of(blocks), stream, params);
+}
+
+bool same_shape(const plan::TileMap& a, const plan::TileMap& b) {
+  return a.shape.rows == b.shape.rows && a.shape.columns == b.shape.columns;
+}
+
+}  // namespace
+
+void build_tile_maps(const rules::Program& program, std::span<const plan::TileMap> row_maps,
+                     std::span<const plan::TileMap> column_maps, int ordinal, CuStream stream) {
+  if (row_maps.size() + column_maps.size() > kMaxMaps) {
+    throw InvalidValue("plan: at most " + std::to_string(kMaxMaps) + " tile maps at once");
+  }
+  const DeviceScope scope(ordinal);
+  OrderParams order{};
+  order.places = program.batches * program.heads;
+  int64_t outer_tiles = 0;
+  const auto add = [&](const plan::TileMap& map) {
+    order.maps[order.map_count++] = map;
+    outer_tiles += int64_t{order.places} * map.outer_tiles;
+  };
+
+  std::array<bool, kMaxMaps> done{};
+  for (const plan::TileMap& row_map : row_maps) {
+    const plan::TileMap* partner = nullptr;
+    for (size_t i = 0; i < column_maps.size() && partner == nullptr; ++i) {
+      if (done[i] || !same_shape(row_map, column_maps[i])) continue;
+      partner = &column_maps[i];
+      done[i] = true;
+    }
+    queue_classify(program, &row_map, partner, ordinal, stream);
+    add(row_map);
+  }
+  for (size_t i = 0; i < column_maps.size(); ++i) {
+    if (!done[i]) queue_classify(program, nullptr, &column_maps[i], ordinal, stream);
+    add(column_maps[i]);
+  }
+
+  if (outer_tiles == 0) return;
+  const Grid grid = grid_of((outer_tiles + kOrderWarps - 1) / kOrderWarps);
+  launch(kernel(config_of(kCount, 32 * kOrderWarps), ordinal), grid, stream, order);
+  launch(kernel(config_of(kOrder, 32 * kOrderWarps), ordinal), grid, stream, order);
+}
+
+void pack_dense(const rules::Array& dense, const rules::Array& words, int batches, int heads,
+                int q_len, int kv_len, int ordinal, CuStream stream) {
+  const auto multiple_of_4 = [](const rules::Array& array) {
+    return (array.batch_stride | array.head_stride | array.row_stride) % 4 == 0;
+  };
+  const bool quads = dense.bytes == 1 && dense.column_stride == 1 && multiple_of_4(dense) &&
+                     multiple_of_4(words) && reinterpret_cast<uintptr_t>(dense.data) % 4 == 0 &&
+                     reinterpret_cast<uintptr_t>(words.data) % 16 == 0;
+  PackParams params{};
+  params.dense = dense;
+  params.words = words;
+  params.heads = heads;
+  params.q_len = q_len;
+  params.kv_len = kv_len;
+  params.word_rows = ceil_div(q_len, rules::kWordRows);
+  params.column_blocks = ceil_div(kv_len, kPackThreads * (quads ? 4 : 1));
+  const int64_t blocks = int64_t{batches} * heads * params.word_rows * params.column_blocks;
+  if (blocks == 0) return;
+  const DeviceScope scope(ordinal);
+  launch(kernel(pack_config(dense.bytes, quads), ordinal), grid_of(blocks), stream, params);
+}
+
+std::vector<KernelConfig> plan_kernels() {
+  std::vector<KernelConfig> kernels = {config_of(kClassify, kClassifyThreads),
+                                       config_of(kCount, 32 * kOrderWarps),
+                                       config_of(kOrder, 32 * kOrderWarps), pack_config(1, true)};
+  for (const int bytes : {1, 2, 4, 8}) kernels.push_back(pack_config(bytes, false));
+  return kernels;
+}
+
+}  // namespace anymask::cuda
