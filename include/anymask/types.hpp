@@ -38,7 +38,7 @@ const char* name_of(DType dtype);
 struct Tensor {
   void* data = nullptr;
   DType dtype = DType::f32;
-  Device device;
+  Device device = {};
   int32_t ndim = 0;
   int64_t shape[4] = {0, 0, 0, 0};
   int64_t stride[4] = {0, 0, 0, 0};
@@ -61,7 +61,7 @@ struct Problem {
   int64_t head_dim = 0;
   int64_t v_head_dim = 0;
   DType dtype = DType::f32;
-  Device device;
+  Device device = {};
   friend bool operator==(const Problem&, const Problem&) = default;
 };
 

@@ -33,8 +33,14 @@ class Mask:
     arrays: tuple[Any, ...]
 
     def __init__(self, spec: tuple[int, ...], arrays: tuple[Any, ...] = ()) -> None:
-        self.spec = spec
-        self.arrays = arrays
+        object.__setattr__(self, "spec", spec)
+        object.__setattr__(self, "arrays", arrays)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name}: a Mask cannot be changed; make a new one")
+
+    def __reduce__(self) -> Any:
+        return Mask, (self.spec, self.arrays)
 
     def __and__(self, other: Mask) -> Mask:
         return _joined(self, other, nodes.AND)
@@ -147,9 +153,11 @@ def _array(value: Any, name: str, dtype: Any = None) -> Any:
 
 
 def _integer(value: Any, name: str) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # before anything else: torch.compile may trace symbolic integers
     if isinstance(value, (bool, float, str)) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: got {value!r}, an integer is needed")
-    return value if isinstance(value, int) else value.__index__()
+    return value.__index__()
 
 
 def _pair(name: str, size: _Size) -> tuple[int, int]:
@@ -197,11 +205,11 @@ def prefix_lm(length: Any) -> Mask:
     Args:
         length: an integer, or an int32 or int64 array [batch] (or [1]) of one length a batch entry.
     """
-    if (hasattr(length, "ndim") and length.ndim > 0) or isinstance(length, (list, tuple)):
-        lengths = _array(length, "length")
-        _dimensions(lengths, "length", "an integer or [batch]", 1)
-        return Mask((nodes.PREFIX_LM, 0, 0, 1), (lengths,))
-    return Mask((nodes.PREFIX_LM, _integer(length, "length"), 0, 0))
+    if isinstance(length, int) or getattr(length, "ndim", None) == 0:
+        return Mask((nodes.PREFIX_LM, _integer(length, "length"), 0, 0))
+    lengths = _array(length, "length")
+    _dimensions(lengths, "length", "an integer or [batch]", 1)
+    return Mask((nodes.PREFIX_LM, 0, 0, 1), (lengths,))
 
 
 def documents(q_ids: Any = None, kv_ids: Any = None, *, cu_seqlens: Any = None) -> Mask:

@@ -297,14 +297,15 @@ def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _gradient(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-    if dout is None and dlse is None:
-        return (None,) * 8
     q, k, v, out, lse, plan, *mask_arrays = ctx.saved_tensors
+    rest = ([None] * len(mask_arrays), None, None, None, None)
+    if dout is None and dlse is None:
+        return (None, None, None, *rest)
     gradients = torch.ops.anymask.backward(
         dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
         ctx.deterministic,
     )  # fmt: skip
-    return (*gradients, None, None, None, None, None)
+    return (*gradients, *rest)
 
 
 torch.library.register_autograd("anymask::forward", _gradient, setup_context=_setup, lib=_lib)

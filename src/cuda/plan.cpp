@@ -42,12 +42,17 @@ constexpr KernelFamily kPack = {"plan_pack",
                                 false,
                                 sizeof(PackParams)};
 
-KernelConfig config_of(const KernelFamily& family, int threads) {
+KernelConfig config_of(const KernelFamily& family, int threads, int min_blocks = 1) {
   KernelConfig config;
   config.family = &family;
   config.threads = threads;
+  config.min_blocks = min_blocks;
   return config;
 }
+
+KernelConfig classify_config() { return config_of(kClassify, kClassifyThreads, 4); }
+KernelConfig count_config() { return config_of(kCount, 32 * kOrderWarps); }
+KernelConfig order_config() { return config_of(kOrder, 32 * kOrderWarps); }
 
 KernelConfig pack_config(int bytes, bool quads) {
   KernelConfig config = config_of(kPack, kPackThreads);
@@ -74,6 +79,11 @@ bool reads_every_pair(const rules::Program& program) {
   });
 }
 
+// A single leaf's class is exact column by column, but for ids, which are known by their range.
+bool classes_are_exact(const rules::Program& program) {
+  return program.count == 1 && program.nodes[0].op != rules::Op::kIds;
+}
+
 void queue_classify(const rules::Program& program, const plan::TileMap* row_map,
                     const plan::TileMap* column_map, int ordinal, CuStream stream) {
   ClassifyParams params{};
@@ -84,12 +94,13 @@ void queue_classify(const rules::Program& program, const plan::TileMap* row_map,
   params.row_groups = ceil_div(params.row_tiles, kClassifyRowTiles);
   params.key_groups = ceil_div(params.key_tiles, 32) * (32 / kClassifyWarps);
   params.widest_span = reads_every_pair(program) ? 1 : kClassifyRowTiles;
+  params.look_at_pairs = classes_are_exact(program) ? 0 : 1;
   if (row_map != nullptr) params.row_map = *row_map;
   if (column_map != nullptr) params.column_map = *column_map;
   const int64_t blocks = int64_t{program.batches} * program.heads * params.row_groups *
                          params.key_groups;
   if (blocks == 0) return;
-  launch(kernel(config_of(kClassify, kClassifyThreads), ordinal), grid_of(blocks), stream, params);
+  launch(kernel(classify_config(), ordinal), grid_of(blocks), stream, params);
 }
 
 bool same_shape(const plan::TileMap& a, const plan::TileMap& b) {
@@ -130,36 +141,53 @@ void build_tile_maps(const rules::Program& program, std::span<const plan::TileMa
 
   if (outer_tiles == 0) return;
   const Grid grid = grid_of((outer_tiles + kOrderWarps - 1) / kOrderWarps);
-  launch(kernel(config_of(kCount, 32 * kOrderWarps), ordinal), grid, stream, order);
-  launch(kernel(config_of(kOrder, 32 * kOrderWarps), ordinal), grid, stream, order);
+  launch(kernel(count_config(), ordinal), grid, stream, order);
+  launch(kernel(order_config(), ordinal), grid, stream, order);
 }
 
-void pack_dense(const rules::Array& dense, const rules::Array& words, int batches, int heads,
-                int q_len, int kv_len, int ordinal, CuStream stream) {
+void pack_dense(const rules::Program& lowered, const rules::Node& dense, const rules::Node& bits,
+                int ordinal, CuStream stream) {
+  const plan::PackedShape shape = plan::packed_shape(lowered, dense);
+  const rules::Array& from = dense.columns;
+  const rules::Array& to = bits.columns;
   const auto multiple_of_4 = [](const rules::Array& array) {
     return (array.batch_stride | array.head_stride | array.row_stride) % 4 == 0;
   };
-  const bool quads = dense.bytes == 1 && dense.column_stride == 1 && multiple_of_4(dense) &&
-                     multiple_of_4(words) && reinterpret_cast<uintptr_t>(dense.data) % 4 == 0 &&
-                     reinterpret_cast<uintptr_t>(words.data) % 16 == 0;
+  const bool quads = from.bytes == 1 && from.row_stride != 0 && from.column_stride == 1 &&
+                     multiple_of_4(from) && multiple_of_4(to) &&
+                     reinterpret_cast<uintptr_t>(from.data) % 4 == 0;
   PackParams params{};
-  params.dense = dense;
-  params.words = words;
-  params.heads = heads;
-  params.q_len = q_len;
-  params.kv_len = kv_len;
-  params.word_rows = ceil_div(q_len, rules::kWordRows);
-  params.column_blocks = ceil_div(kv_len, kPackThreads * (quads ? 4 : 1));
-  const int64_t blocks = int64_t{batches} * heads * params.word_rows * params.column_blocks;
+  params.dense = from;
+  params.words = to;
+  params.sign_bits = dense.flag;
+  params.heads = static_cast<int32_t>(shape.heads);
+  params.rows = from.row_stride == 0 ? 1 : lowered.q_len;
+  params.columns = static_cast<int32_t>(shape.columns);
+  params.word_rows = static_cast<int32_t>(shape.row_words);
+  params.column_blocks = ceil_div(params.columns, kPackThreads * (quads ? 4 : 1));
+  const int64_t blocks = shape.batches * shape.heads * shape.row_words * params.column_blocks;
   if (blocks == 0) return;
   const DeviceScope scope(ordinal);
-  launch(kernel(pack_config(dense.bytes, quads), ordinal), grid_of(blocks), stream, params);
+  launch(kernel(pack_config(from.bytes, quads), ordinal), grid_of(blocks), stream, params);
+}
+
+void build_plan(const rules::Program& lowered, const plan::Plan& plan, int ordinal,
+                CuStream stream) {
+  for (int32_t i = 0; i < lowered.count; ++i) {
+    const rules::Node& node = lowered.nodes[i];
+    if (node.op != rules::Op::kDense) continue;
+    pack_dense(lowered, node, plan.program.nodes[i], ordinal, stream);
+  }
+  // With one tile shape for both passes the two row maps are the same memory.
+  const plan::TileMap rows[] = {plan.forward_rows, plan.backward_rows};
+  const bool shared = plan.forward_rows.visible == plan.backward_rows.visible;
+  build_tile_maps(plan.program, std::span(rows, shared ? 1 : 2),
+                  std::span(&plan.backward_columns, 1), ordinal, stream);
 }
 
 std::vector<KernelConfig> plan_kernels() {
-  std::vector<KernelConfig> kernels = {config_of(kClassify, kClassifyThreads),
-                                       config_of(kCount, 32 * kOrderWarps),
-                                       config_of(kOrder, 32 * kOrderWarps), pack_config(1, true)};
+  std::vector<KernelConfig> kernels = {classify_config(), count_config(), order_config(),
+                                       pack_config(1, true)};
   for (const int bytes : {1, 2, 4, 8}) kernels.push_back(pack_config(bytes, false));
   return kernels;
 }

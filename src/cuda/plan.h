@@ -5,22 +5,25 @@
 #include <span>
 
 #include "cuda/kernel.h"
-#include "plan/layout.h"
-#include "rules/program.h"
+#include "plan/view.h"
 
 namespace anymask::cuda {
 
-// Fills row maps (outer: row tiles) and column maps (outer: key tiles) of `program`, whose arrays
-// are device memory: bitmaps, counts and order. A row map and a column map of the same shape cost
-// one classification. Places are the program's batches x heads. At most four maps.
+// Fills all of a plan whose buffer is device memory: packs dense leaves, then builds the maps.
+// `lowered` is the mask as it was before plan::view put packed words in place of dense leaves.
+void build_plan(const rules::Program& lowered, const plan::Plan& plan, int ordinal,
+                CuStream stream);
+
+// Fills row maps (outer: row tiles) and column maps (outer: key tiles) of `program`: bitmaps, counts
+// and order. A row map and a column map of the same shape cost one classification. At most
+// four maps.
 void build_tile_maps(const rules::Program& program, std::span<const plan::TileMap> row_maps,
                      std::span<const plan::TileMap> column_maps, int ordinal, CuStream stream);
 
-// Packs a dense array into the words that a kBits leaf reads, one pass over its elements.
-// `words`: data, strides in 32-bit words, column_stride 1. `batches`, `heads`: of the arrays
-// themselves, 1 where they are broadcast.
-void pack_dense(const rules::Array& dense, const rules::Array& words, int batches, int heads,
-                int q_len, int kv_len, int ordinal, CuStream stream);
+// Packs a dense leaf into the words of the kBits leaf that takes its place, one pass over its
+// elements.
+void pack_dense(const rules::Program& lowered, const rules::Node& dense, const rules::Node& bits,
+                int ordinal, CuStream stream);
 
 std::vector<KernelConfig> plan_kernels();
 

@@ -27,11 +27,12 @@ struct Element<8> {
 // 32 rows of one column. Loads of neighbouring lanes are neighbours when columns are contiguous;
 // when rows are, a thread reads whole sectors by itself.
 template <typename T>
-inline uint32_t pack_column(const T* first, int64_t row_stride, int rows) {
+inline uint32_t pack_column(const T* first, int64_t row_stride, int rows, int sign_bits) {
   uint32_t word = 0;
 #pragma unroll
   for (int r = 0; r < 32; ++r) {
-    if (r < rows) word |= static_cast<uint32_t>(first[r * row_stride] != 0) << r;
+    const T element = r < rows ? first[r * row_stride] : T{0};
+    word |= static_cast<uint32_t>(static_cast<T>(element << sign_bits) != 0) << r;
   }
   return word;
 }
@@ -72,7 +73,7 @@ inline void pack(const PackParams& params) {
 
   const rules::Array& dense = params.dense;
   const int first_row = word_row * rules::kWordRows;
-  const int rows = rules::min_of(rules::kWordRows, params.q_len - first_row);
+  const int rows = rules::min_of(rules::kWordRows, params.rows - first_row);
   const T* from = static_cast<const T*>(dense.data) + batch * dense.batch_stride +
                   head * dense.head_stride + first_row * dense.row_stride;
   const rules::Array& words = params.words;
@@ -80,21 +81,19 @@ inline void pack(const PackParams& params) {
                  batch * words.batch_stride + head * words.head_stride +
                  word_row * words.row_stride;
 
-  const int thread = column_block * kPackThreads + static_cast<int>(threadIdx.x);
-  if constexpr (kConfig.quads) {
-    const int column = 4 * thread;
-    if (column >= params.kv_len) return;
-    if (column + 4 <= params.kv_len) {
-      uint32_t packed[4];
-      pack_quad(from + column, dense.row_stride, rows, packed);
-      *reinterpret_cast<uint4*>(to + column) = {packed[0], packed[1], packed[2], packed[3]};
-      return;
-    }
-    for (int last = column; last < params.kv_len; ++last) {
-      to[last] = pack_column(from + last, dense.row_stride, rows);
-    }
-  } else if (thread < params.kv_len) {
-    to[thread] = pack_column(from + thread * dense.column_stride, dense.row_stride, rows);
+  const int first = (column_block * kPackThreads + static_cast<int>(threadIdx.x)) *
+                    (kConfig.quads ? 4 : 1);
+  if (kConfig.quads && first + 4 <= params.columns) {
+    uint32_t packed[4];
+    pack_quad(reinterpret_cast<const uint8_t*>(from + first), dense.row_stride, rows, packed);
+    *reinterpret_cast<uint4*>(to + first) = {packed[0], packed[1], packed[2], packed[3]};
+    return;
+  }
+  const int end = rules::min_of(first + (kConfig.quads ? 4 : 1), params.columns);
+  for (int column = first; column < end; ++column) {
+    const uint32_t word =
+        pack_column(from + column * dense.column_stride, dense.row_stride, rows, params.sign_bits);
+    to[column] = params.rows == 1 ? 0u - word : word;  // one row stands for all 32 of its word
   }
 }
 

@@ -4,7 +4,8 @@
 // rows costs a few instructions whatever the mask, columns of a warp's lanes are neighbours in
 // memory, and classes joined column by column are sharper than those of a whole tile. A strip of 32
 // row tiles is asked about first; only a strip (then a quarter of it) that is neither hidden nor
-// visible throughout is looked at tile by tile.
+// visible throughout is looked at tile by tile. Tiles that are `some` by their parts' classes are
+// settled by their pairs, which takes one or two looks: the result is exact.
 #pragma once
 
 #include "cuda/device/plan_params.h"
@@ -133,6 +134,27 @@ struct TileWords {
   }
 };
 
+// The class that the pairs of a tile make, up to the first visible and hidden one.
+inline rules::TileClass pairs_class(const rules::Program& program, rules::Place place,
+                                    const rules::Tile& tile) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  rules::TileClass found = 0;
+  for (int first = tile.row_begin / rules::kWordRows * rules::kWordRows;
+       first < tile.row_end && found != rules::kSome; first += rules::kWordRows) {
+    const uint32_t rows = rules::run_word(tile.row_begin, tile.row_end, first);
+    for (int begin = tile.column_begin; begin < tile.column_end && found != rules::kSome;
+         begin += 32) {
+      const int column = begin + lane;
+      const uint32_t word =
+          column < tile.column_end ? rules::column_word(program, place, column, first) : 0u;
+      const rules::TileClass mine =
+          column < tile.column_end ? rules::class_of_word(word, rows) : 0u;
+      found |= __reduce_or_sync(kWholeWarp, mine);
+    }
+  }
+  return found;
+}
+
 inline TileWords classify_key_tile(const ClassifyParams& params, rules::Place place, int key_tile,
                                    int first_tile, const IdTable& table) {
   const rules::Program& program = params.program;
@@ -150,17 +172,21 @@ inline TileWords classify_key_tile(const ClassifyParams& params, rules::Place pl
       mine |= column_class(program, place, {row_begin, row_end, column, column + 1}, table,
                            span_index(first, span));
     }
-    const rules::TileClass found = __reduce_or_sync(kWholeWarp, mine);
-    if (span > 1 && found == rules::kSome) {
+    rules::TileClass found = __reduce_or_sync(kWholeWarp, mine);
+    if (found == rules::kSome && span > 1) {
       span = span == 32 ? 8 : 1;
       continue;
+    }
+    if (found == rules::kSome && params.look_at_pairs) {
+      found = pairs_class(program, place, {row_begin, row_end, column_begin, column_end});
     }
     words.fill(first, rules::min_of(span, tiles - first), found);
     first += span;
     if (first % 8 == 0) span = rules::min_of(params.widest_span, 8);
   }
-  // Columns beyond kv_len must be masked, so the tile may not count as fully visible.
-  if (column_begin + params.shape.columns > program.kv_len) words.hidden |= words.visible;
+  // Columns beyond kv_len must be masked, so a tile that has some needs its bits.
+  const bool beyond_keys = column_begin + params.shape.columns > program.kv_len;
+  words.hidden = beyond_keys ? words.visible : words.hidden & words.visible;
   return words;
 }
 

@@ -20,6 +20,7 @@ struct ClassifyParams {
   int32_t row_groups;     // of 32 row tiles
   int32_t key_groups;     // of 8 key tiles: enough for whole words of the row map
   int32_t widest_span;    // row tiles that are asked about at once: 32, or 1
+  int32_t look_at_pairs;  // classes may say `some` where the pairs are all alike: look
   plan::TileMap row_map;     // visible == nullptr: not wanted
   plan::TileMap column_map;  // likewise
 };
@@ -46,11 +47,12 @@ struct PackConfig {
 struct PackParams {
   rules::Array dense;
   rules::Array words;
+  int32_t sign_bits;      // 1 for floating point: -0.0 is zero
   int32_t heads;
-  int32_t q_len;
-  int32_t kv_len;
-  int32_t word_rows;      // ceil(q_len / 32)
-  int32_t column_blocks;  // blocks across kv_len
+  int32_t rows;           // 1 when all rows are the same
+  int32_t columns;
+  int32_t word_rows;      // ceil(rows / 32)
+  int32_t column_blocks;  // blocks across the columns
 };
 
 }  // namespace anymask::cuda

@@ -28,6 +28,12 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// For a value that all lanes share but the compiler cannot know to: it comes back in a uniform
+// register, and so does what is computed from it (addresses, loop counters, descriptors).
+__device__ __forceinline__ int uniform(int value) {
+  return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(value)));
+}
+
 // The value that lane ^ `mask` holds.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

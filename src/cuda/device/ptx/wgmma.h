@@ -38,22 +38,21 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
 
 // ---- matrix descriptors (128-byte swizzle) ---------------------------------------------------------
 
+// The lower word holds address and leading byte offset, the upper one stride byte offset and
+// swizzle, the same for all tiles here: so only lower words are computed and kept.
+__device__ __forceinline__ uint64_t descriptor(uint32_t lower) {
+  constexpr uint32_t kUpper = (1024 >> 4) | (1u << 30);
+  return static_cast<uint64_t>(kUpper) << 32 | lower;
+}
+
 // A tile of rows of 64 elements (128 bytes). K-major: rows are M or N, the row holds K.
-__device__ __forceinline__ uint64_t descriptor_k_major(const void* tile) {
-  const uint64_t address = (shared_address(tile) & 0x3ffff) >> 4;
-  return address | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+__device__ __forceinline__ uint32_t lower_k_major(const void* tile) {
+  return (shared_address(tile) >> 4) | (1u << 16);
 }
 
 // MN-major: rows are K, the row holds 64 of N; the next 64 of N lie `slab_bytes` further.
-__device__ __forceinline__ uint64_t descriptor_mn_major(const void* tile, int slab_bytes) {
-  const uint64_t address = (shared_address(tile) & 0x3ffff) >> 4;
-  return address | (static_cast<uint64_t>(slab_bytes >> 4) << 16) |
-         (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
-}
-
-// The descriptor `bytes` further on.
-__device__ __forceinline__ uint64_t advance(uint64_t descriptor, int bytes) {
-  return descriptor + static_cast<uint32_t>(bytes >> 4);
+__device__ __forceinline__ uint32_t lower_mn_major(const void* tile, int slab_bytes) {
+  return (shared_address(tile) >> 4) | (static_cast<uint32_t>(slab_bytes >> 4) << 16);
 }
 
 // ---- the products --------------------------------------------------------------------------------

@@ -137,29 +137,28 @@ struct MathWarp {
   // ---- products ----
 
   __device__ __forceinline__ void issue_scores(int stage) {
-    const uint64_t q = ptx::descriptor_k_major(shared.q[w]);
-    const uint64_t k = ptx::descriptor_k_major(shared.k[stage]);
+    const uint32_t q = ptx::lower_k_major(shared.q[w]);
+    const uint32_t k = ptx::lower_k_major(shared.k[stage]);
     ptx::pin(scores);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < C.depth / 16; ++i) {
       const int slab = i / 4, offset = (i % 4) * 32;
       ScoreProduct::product_ss(
-          scores, ptx::advance(q, slab * 64 * kSlabRowBytes + offset),
-          ptx::advance(k, slab * C.columns * kSlabRowBytes + offset), i > 0);
+          scores, ptx::descriptor(q + (slab * 64 * kSlabRowBytes + offset) / 16),
+          ptx::descriptor(k + (slab * C.columns * kSlabRowBytes + offset) / 16), i > 0);
     }
     ptx::wgmma_commit();
   }
 
   // Steps [begin, end) of P V.
   __device__ __forceinline__ void issue_output(int stage, bool started, int begin, int end) {
-    const uint64_t v =
-        ptx::descriptor_mn_major(shared.v[stage], C.columns * kSlabRowBytes);
+    const uint32_t v = ptx::lower_mn_major(shared.v[stage], C.columns * kSlabRowBytes);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = begin; i < end; ++i) {
-      OutputProduct::product_rs(out, &weights[4 * i], ptx::advance(v, i * 16 * kSlabRowBytes),
-                                started || i > 0);
+      OutputProduct::product_rs(out, &weights[4 * i],
+                                ptx::descriptor(v + i * kSlabRowBytes), started || i > 0);
     }
     ptx::wgmma_commit();
   }
@@ -180,7 +179,7 @@ struct MathWarp {
     }
     arrive(shared.bits_empty[bit_ring.slot][w]);
     bit_ring.next();
-    classes = __shfl_sync(0xffffffffu, classes, 0);
+    classes = ptx::uniform(classes);
     mask.needed = (classes & 0x01010101u) != 0;
     mask.hidden = (classes & 0x02020202u) != 0;
     return mask;
@@ -202,32 +201,26 @@ struct MathWarp {
 
   // ---- softmax ----
 
-  // Scores of steps [begin, end) to packed probabilities.
-  __device__ __forceinline__ void exponentiate(const float (&base)[2], float (&sums)[2][2],
-                                               int begin, int end) {
+  // exp2(score - top) in place, and its sum.
+  __device__ __forceinline__ void exponentiate(int begin, int end) {
 #pragma unroll
-    for (int i = 8 * begin; i < 8 * end; i += 2) {
+    for (int i = 8 * begin; i < 8 * end; ++i) {
       const int r = (i / 2) % 2;
-      const float low = ptx::exp2_fast(scores[i] * p.scale_log2 - base[r]);
-      const float high = ptx::exp2_fast(scores[i + 1] * p.scale_log2 - base[r]);
-      sums[r][0] += low;
-      sums[r][1] += high;
-      weights[i / 2] = pack(low, high);
+      scores[i] = ptx::exp2_fast(scores[i] * p.scale_log2 - rows.top[r]);
+      rows.sum[r] += scores[i];
     }
   }
 
-  __device__ __forceinline__ bool raise(float (&factor)[2], float (&base)[2]) {
-    float top[2];
-    row_maxima(scores, top);
-    const bool moved = rows.raise(top, p.scale_log2, factor);
-    base[0] = rows.base(0, p.scale_log2);
-    base[1] = rows.base(1, p.scale_log2);
-    return moved;
+  // Scores of steps [begin, end) to P, the A operand.
+  __device__ __forceinline__ void pack_weights(int begin, int end) {
+#pragma unroll
+    for (int i = 8 * begin; i < 8 * end; i += 2) weights[i / 2] = pack(scores[i], scores[i + 1]);
   }
 
-  __device__ __forceinline__ void add_sums(const float (&sums)[2][2]) {
-    rows.sum[0] += sums[0][0] + sums[0][1];
-    rows.sum[1] += sums[1][0] + sums[1][1];
+  __device__ __forceinline__ bool raise(float (&factor)[2]) {
+    float top[2];
+    row_maxima(scores, top);
+    return rows.raise(top, p.scale_log2, factor);
   }
 
   // ---- tiles ----
@@ -240,18 +233,18 @@ struct MathWarp {
     ptx::pin(scores);
     arrive(shared.k_empty[ring.slot]);
     apply(mask);
-    float factor[2], base[2], sums[2][2] = {};
-    if (raise(factor, base) && started) scale_rows(out, factor);
+    float factor[2];
+    if (raise(factor) && started) scale_rows(out, factor);
     ptx::pin(out);
     shared.v_full[ring.slot].wait(ring.parity);
     constexpr int kEach = (kSteps + C.pieces - 1) / C.pieces;
 #pragma unroll
     for (int begin = 0; begin < kSteps; begin += kEach) {
       const int end = begin + kEach < kSteps ? begin + kEach : kSteps;
-      exponentiate(base, sums, begin, end);
+      exponentiate(begin, end);
+      pack_weights(begin, end);
       issue_output(ring.slot, started, begin, end);
     }
-    add_sums(sums);
     ptx::wgmma_wait<0>();
     ptx::pin(out);
     ptx::pin(weights);
@@ -275,10 +268,10 @@ struct MathWarp {
     ptx::pin(scores);
     arrive(shared.k_empty[ring.slot]);
     apply(mask);
-    float factor[2], base[2], sums[2][2] = {};
-    if (raise(factor, base) && started) scale_rows(out, factor);
-    exponentiate(base, sums, 0, kSteps);
-    add_sums(sums);
+    float factor[2];
+    if (raise(factor) && started) scale_rows(out, factor);
+    exponentiate(0, kSteps);
+    pack_weights(0, kSteps);
   }
 
   // Each further one: its Q K^T, then P V of the tile before, whose product runs under this softmax.
@@ -295,22 +288,14 @@ struct MathWarp {
     ptx::pin(scores);
     arrive(shared.k_empty[ring.slot]);
     apply(mask);
-    float factor[2], base[2], sums[2][2] = {};
-    const bool moved = raise(factor, base);
-    // In place of the scores: P of the tile before is still being read.
-#pragma unroll
-    for (int i = 0; i < C.columns / 2; ++i) {
-      const int r = (i / 2) % 2;
-      scores[i] = ptx::exp2_fast(scores[i] * p.scale_log2 - base[r]);
-      sums[r][i % 2] += scores[i];
-    }
-    add_sums(sums);
+    float factor[2];
+    const bool moved = raise(factor);
+    exponentiate(0, kSteps);
     ptx::wgmma_wait<0>();
     ptx::pin(out);
     ptx::pin(weights);
     arrive(shared.v_empty[before.slot]);
-#pragma unroll
-    for (int i = 0; i < C.columns / 2; i += 2) weights[i / 2] = pack(scores[i], scores[i + 1]);
+    pack_weights(0, kSteps);  // only now: P of the tile before was still being read
     if (moved) scale_rows(out, factor);
   }
 
@@ -339,7 +324,7 @@ struct MathWarp {
       const int row = first_row + 16 * warp + lane / 4 + 8 * r;
       if (q == 0 && row < p.q_len && p.lse != nullptr) {
         constexpr float kLn2 = 0.69314718055994531f;
-        const float lse = seen ? (rows.top[r] * p.scale_log2 + ptx::log2_fast(sum)) * kLn2
+        const float lse = seen ? (rows.top[r] + ptx::log2_fast(sum)) * kLn2
                                : kMinusInfinity;
         p.lse[(static_cast<int64_t>(item.batch) * p.q_heads + item.head) * p.q_len + row] = lse;
       }
@@ -378,7 +363,9 @@ struct MathWarp {
 #pragma unroll 1
     for (;; items.next()) {
       shared.item_full[items.slot].wait(items.parity);
-      const Item item = shared.items[items.slot];
+      const Item& slot = shared.items[items.slot];
+      const Item item = {ptx::uniform(slot.row_tile), ptx::uniform(slot.batch),
+                         ptx::uniform(slot.head), ptx::uniform(slot.count)};
       arrive(shared.item_empty[items.slot]);
       if (item.count < 0) break;
 
@@ -396,7 +383,7 @@ struct MathWarp {
 #pragma unroll 1
       for (int t = 0; t < item.count; ++t) {
         shared.k_full[ring.slot].wait(ring.parity);
-        const StripMask<C> mask = take_mask(live, shared.partial[ring.slot] != 0);
+        const StripMask<C> mask = take_mask(live, ptx::uniform(shared.partial[ring.slot]) != 0);
         if (!(live && mask.needed)) {
           if (pending) {
             last_product(before, started);
@@ -443,7 +430,7 @@ template <ForwardConfig C>
 __device__ __forceinline__ void forward_kernel(const ForwardParams& p) {
   extern __shared__ __align__(1024) uint8_t memory[];
   ForwardShared<C>& shared = *reinterpret_cast<ForwardShared<C>*>(memory);
-  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 32, 0);
+  const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32;
 
   if (threadIdx.x == 0) {

@@ -30,11 +30,14 @@ __device__ __forceinline__ void row_maxima(const float (&scores)[kCount], float 
 }
 
 struct RowState {
-  float top[2];  // the reference that scores are measured from; within 2^8 of the true maximum
-  float sum[2];  // this thread's share of the sum of exp2(scale * (score - top))
+  // What scores, times scale and log2(e), are measured from: within 8 of their true maximum.
+  float top[2];
+  // This thread's share of the sum of exp2(score - top).
+  float sum[2];
 
+  // Far below every score, yet finite: exp2(-inf - top) is 0 also before anything was seen.
   __device__ __forceinline__ void reset() {
-    top[0] = top[1] = kMinusInfinity;
+    top[0] = top[1] = -1e38f;
     sum[0] = sum[1] = 0.0f;
   }
 
@@ -47,18 +50,14 @@ struct RowState {
     bool moved = false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const bool move = (tile_top[r] - top[r]) * scale_log2 > kSlack;
-      factor[r] = move ? ptx::exp2_fast((top[r] - tile_top[r]) * scale_log2) : 1.0f;
-      if (move) top[r] = tile_top[r];
+      const float seen = tile_top[r] * scale_log2;
+      const bool move = seen - top[r] > kSlack;
+      factor[r] = move ? ptx::exp2_fast(top[r] - seen) : 1.0f;
+      if (move) top[r] = seen;
       sum[r] *= factor[r];
       moved |= move;
     }
     return __any_sync(0xffffffffu, moved);
-  }
-
-  // What exp2's argument is reduced by; 0 while the row has seen nothing.
-  __device__ __forceinline__ float base(int r, float scale_log2) const {
-    return top[r] == kMinusInfinity ? 0.0f : top[r] * scale_log2;
   }
 };
 
