@@ -78,12 +78,12 @@ void build_plan(const Mask& mask, const Problem& problem, void* buffer, int64_t 
 
 Plan::Plan(Mask mask, const Problem& problem)
     : mask_(std::move(mask)), problem_(problem), bytes_(plan_bytes(mask_, problem)) {
-  buffer_.reset(::operator new(static_cast<size_t>(bytes_), std::align_val_t{256}));
+  buffer_.reset(::operator new (static_cast<size_t>(bytes_), std::align_val_t{256}));
   build_plan(mask_, problem_, buffer_.get(), bytes_);
 }
 
 void Plan::Free::operator()(void* buffer) const {
-  ::operator delete(buffer, std::align_val_t{256});
+  ::operator delete (buffer, std::align_val_t{256});
 }
 
 int64_t forward_workspace_bytes(const Problem& problem) {

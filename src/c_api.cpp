@@ -209,6 +209,11 @@ anymask_status anymask_intervals_from_dense(const anymask_tensor* allowed, int32
   });
 }
 
+anymask_status anymask_top_keys(const anymask_tensor* scores, int64_t keep, int64_t q_len,
+                                const anymask_tensor* ends) {
+  return guarded([&] { top_keys(tensor_from(*scores), keep, q_len, tensor_from(*ends)); });
+}
+
 anymask_status anymask_cpu_instruction_sets(char* names, int64_t size) {
   return guarded([&] {
     std::string joined;

@@ -95,8 +95,9 @@ Problem check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   const bool on_cpu = q.device.type == DeviceType::cpu;
   if (q.dtype != DType::f32 && q.dtype != DType::f16 && q.dtype != DType::bf16 &&
       !(q.dtype == DType::f64 && on_cpu)) {
-    fail_dtype("q", q.dtype, on_cpu ? "float32, float16, bfloat16 or float64"
-                                    : "float16 or bfloat16 (float64 and float32: CPU only)");
+    fail_dtype("q", q.dtype,
+               on_cpu ? "float32, float16, bfloat16 or float64"
+                      : "float16 or bfloat16 (float64 and float32: CPU only)");
   }
   const auto agree = [&](const char* name, const Tensor& tensor) {
     if (tensor.dtype != q.dtype) {
@@ -131,8 +132,7 @@ Problem check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   }
   if (problem.kv_heads < 1 || problem.q_heads < 1 || problem.q_heads % problem.kv_heads != 0) {
     throw InvalidValue("q has " + std::to_string(problem.q_heads) + " heads and k has " +
-                       std::to_string(problem.kv_heads) +
-                       "; q's heads must be a multiple of k's");
+                       std::to_string(problem.kv_heads) + "; q's heads must be a multiple of k's");
   }
   check_memory("q", q);
   check_memory("k", k);
@@ -153,8 +153,8 @@ void check_backward(const BackwardArgs& args, const Problem& p) {
              p.dtype, p.device, Role::input);
   check_rows("dout", args.dout);
   if (args.dlse.given()) {
-    check_like("dlse", args.dlse, {p.batch, p.q_heads, p.q_len}, "the shape of lse",
-               args.lse.dtype, p.device, Role::input);
+    check_like("dlse", args.dlse, {p.batch, p.q_heads, p.q_len}, "the shape of lse", args.lse.dtype,
+               p.device, Role::input);
   }
   const auto gradient = [&](const char* name, const Tensor& tensor, int64_t length, int64_t heads,
                             int64_t head_dim, const char* meaning) {

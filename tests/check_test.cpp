@@ -50,12 +50,11 @@ TEST(Check, RefusesWrongShapes) {
   expect_refused<InvalidValue>([](auto& a) { a.k.shape[0] = 3; }, "k has shape [3, 7, 2, 16]");
   expect_refused<InvalidValue>([](auto& a) { a.k.shape[3] = 8; }, "k has shape [2, 7, 2, 8]");
   expect_refused<InvalidValue>([](auto& a) { a.v.shape[1] = 6; }, "v has shape [2, 6, 2, 8]");
-  expect_refused<InvalidValue>([](auto& a) { a.q.shape[2] = 3; },
-                               "q has 3 heads and k has 2");
+  expect_refused<InvalidValue>([](auto& a) { a.q.shape[2] = 3; }, "q has 3 heads and k has 2");
   expect_refused<InvalidValue>([](auto& a) { a.out.shape[3] = 16; }, "out has shape");
   expect_refused<InvalidValue>([](auto& a) { a.lse.shape[2] = 6; }, "lse has shape [2, 4, 6]");
-  expect_refused<InvalidValue>(
-      [](auto& a) { a.q.shape[3] = a.k.shape[3] = 12; }, "q has head_dim 12");
+  expect_refused<InvalidValue>([](auto& a) { a.q.shape[3] = a.k.shape[3] = 12; },
+                               "q has head_dim 12");
   expect_refused<InvalidValue>([](auto& a) { a.v.shape[3] = 264; }, "v has head_dim 264");
 }
 
@@ -64,16 +63,19 @@ TEST(Check, RefusesWrongTypesAndDevices) {
   expect_refused<InvalidType>([](auto& a) { a.k.dtype = DType::bf16; },
                               "k has type bfloat16; it needs the type of q, float32");
   expect_refused<InvalidType>([](auto& a) { a.lse.dtype = DType::f64; }, "lse has type float64");
-  expect_refused<InvalidType>([](auto& a) { a.v.device = {DeviceType::cuda, 0}; },
-                              "v is on cuda:0; q is on cpu");
+  expect_refused<InvalidType>(
+      [](auto& a) {
+        a.v.device = {DeviceType::cuda, 0};
+      },
+      "v is on cuda:0; q is on cpu");
 }
 
 TEST(Check, RefusesWrongMemory) {
   expect_refused<InvalidValue>([](auto& a) { a.q.stride[3] = 2; }, "q has stride 2");
   expect_refused<InvalidValue>([](auto& a) { a.out.stride[0] = 0; }, "out is an output");
   expect_refused<InvalidValue>([](auto& a) { a.v.data = nullptr; }, "v has no memory");
-  expect_refused<InvalidValue>(
-      [](auto& a) { a.k.data = static_cast<char*>(a.k.data) + 2; }, "k is not aligned");
+  expect_refused<InvalidValue>([](auto& a) { a.k.data = static_cast<char*>(a.k.data) + 2; },
+                               "k is not aligned");
 }
 
 TEST(Check, RefusesWrongScaleAndPlan) {

@@ -30,36 +30,36 @@ enum {
 };
 
 enum { /* dtype */
-  ANYMASK_F32 = 0,
-  ANYMASK_F16 = 1,
-  ANYMASK_BF16 = 2,
-  ANYMASK_F64 = 3,
-  ANYMASK_I32 = 4,
-  ANYMASK_I64 = 5,
-  ANYMASK_U8 = 6, /* also bool */
-  ANYMASK_I8 = 7,
-  ANYMASK_I16 = 8,
+       ANYMASK_F32 = 0,
+       ANYMASK_F16 = 1,
+       ANYMASK_BF16 = 2,
+       ANYMASK_F64 = 3,
+       ANYMASK_I32 = 4,
+       ANYMASK_I64 = 5,
+       ANYMASK_U8 = 6, /* also bool */
+       ANYMASK_I8 = 7,
+       ANYMASK_I16 = 8,
 };
 
 enum { /* device_type */
-  ANYMASK_CPU = 0,
-  ANYMASK_CUDA = 1,
+       ANYMASK_CPU = 0,
+       ANYMASK_CUDA = 1,
 };
 
 enum { /* kind of a mask node; how each uses left, right and arrays */
-  ANYMASK_FULL = 0,
-  ANYMASK_CAUSAL = 1,
-  ANYMASK_SLIDING_WINDOW = 2, /* left, right; negative: open */
-  ANYMASK_PREFIX_LM = 3,      /* left = length, or arrays[0] = lengths */
-  ANYMASK_DOCUMENTS = 4,      /* arrays: q_ids, kv_ids */
-  ANYMASK_CU_DOCUMENTS = 5,   /* arrays[0] = cu_seqlens */
-  ANYMASK_INTERVALS = 6,      /* arrays[0] = startend_row_indices, left = causal */
-  ANYMASK_BLOCKS = 7,         /* arrays[0] = block_mask, left = rows, right = columns */
-  ANYMASK_DENSE = 8,          /* arrays[0] = allowed */
-  ANYMASK_IDS = 9,            /* arrays: eq, ek */
-  ANYMASK_NOT = 100,
-  ANYMASK_AND = 101,
-  ANYMASK_OR = 102,
+       ANYMASK_FULL = 0,
+       ANYMASK_CAUSAL = 1,
+       ANYMASK_SLIDING_WINDOW = 2, /* left, right; negative: open */
+       ANYMASK_PREFIX_LM = 3,      /* left = length, or arrays[0] = lengths */
+       ANYMASK_DOCUMENTS = 4,      /* arrays: q_ids, kv_ids */
+       ANYMASK_CU_DOCUMENTS = 5,   /* arrays[0] = cu_seqlens */
+       ANYMASK_INTERVALS = 6,      /* arrays[0] = startend_row_indices, left = causal */
+       ANYMASK_BLOCKS = 7,         /* arrays[0] = block_mask, left = rows, right = columns */
+       ANYMASK_DENSE = 8,          /* arrays[0] = allowed */
+       ANYMASK_IDS = 9,            /* arrays: eq, ek */
+       ANYMASK_NOT = 100,
+       ANYMASK_AND = 101,
+       ANYMASK_OR = 102,
 };
 
 /* A view: strides in elements. ndim == 0 stands for "none". */
@@ -160,6 +160,9 @@ ANYMASK_API anymask_status anymask_intervals_from_dense(const anymask_tensor* al
                                                         const anymask_tensor* indices,
                                                         int32_t* columns);
 
+ANYMASK_API anymask_status anymask_top_keys(const anymask_tensor* scores, int64_t keep,
+                                            int64_t q_len, const anymask_tensor* ends);
+
 /* CPU backend. Lists are written as comma-separated names into `names`. */
 ANYMASK_API anymask_status anymask_cpu_instruction_sets(char* names, int64_t size);
 ANYMASK_API anymask_status anymask_cpu_instruction_set(char* name, int64_t size);
@@ -172,4 +175,4 @@ ANYMASK_API anymask_status anymask_measure_cpu_peak(int32_t dtype, double* gflop
 }
 #endif
 
-#endif  /* ANYMASK_ANYMASK_H_ */
+#endif /* ANYMASK_ANYMASK_H_ */

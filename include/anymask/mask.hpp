@@ -90,7 +90,15 @@ Mask blocks(const Tensor& block_mask, int64_t rows = 128, int64_t columns = 128)
 // [batch or 1, mask heads, q_len or 1, kv_len or 1].
 Mask dense(const Tensor& allowed);
 
-// Query i sees key j iff eq[i] >= 0 or eq[i] == ek[j]. int32 or int64 [batch or 1, mask heads, len].
+// Dynamic masks: each query keeps the `keep` best-scored keys among those before it (causal,
+// bottom-right), ties to the lower index, NaN below everything. Once `keep` better keys exist a key
+// never comes back, so the whole mask is one row a key: fills `ends` (int32 [batch, heads, kv_len,
+// 1], contiguous) so that intervals(ends, true) is that mask. scores: f32 [batch, heads, kv_len],
+// any strides, on the CPU; O(kv_len log keep) per head.
+void top_keys(const Tensor& scores, int64_t keep, int64_t q_len, const Tensor& ends);
+
+// Query i sees key j iff eq[i] >= 0 or eq[i] == ek[j]. int32 or int64 [batch or 1, mask heads,
+// len].
 Mask ids(const Tensor& eq, const Tensor& ek);
 
 }  // namespace anymask

@@ -11,7 +11,7 @@ from anymask import _tensors
 from anymask._library import call
 from anymask.masks import Mask
 
-_ALIGNMENT = 256
+ALIGNMENT = 256
 
 
 class Problem(NamedTuple):
@@ -118,14 +118,19 @@ def _wants_torch(mask: Mask, dtype: Any, device: Any) -> bool:
     return any(type(thing).__module__.split(".")[0] == "torch" for thing in (dtype, *mask.arrays))
 
 
+def aligned_bytes(size: int) -> np.ndarray:
+    """Zeros that begin at a multiple of ALIGNMENT: equal plans are equal to the last byte."""
+    memory = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size]
+
+
 def build_numpy(mask: Mask, sizes: tuple[int, ...], dtype_code: int) -> np.ndarray:
     """A CPU plan in NumPy memory."""
     packed, _nodes = _tensors.pack_mask(mask.spec, mask.arrays)
     problem = _tensors.pack_problem(sizes, dtype_code, _tensors.CPU, 0)
     size = ctypes.c_int64()
     call("anymask_plan_bytes", packed, problem, ctypes.byref(size))
-    memory = np.empty(size.value + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    buffer = memory[start : start + size.value]
+    buffer = aligned_bytes(size.value)
     call("anymask_build_plan", packed, problem, buffer.ctypes.data, size.value, None)
     return buffer

@@ -21,9 +21,8 @@ from anymask._library import check, library
 from anymask._tensors import pack_torch
 from anymask.attention import FORWARD_TAIL, NAN
 from anymask.masks import Mask
-from anymask.plans import Plan, Problem
+from anymask.plans import ALIGNMENT, Plan, Problem, aligned_bytes
 
-_ALIGNMENT = 256
 # The end of anymask_backward_args: as FORWARD_TAIL, then deterministic, reserved
 _BACKWARD_TAIL = struct.Struct("@PqdPPq2i")
 _NAMES = {
@@ -76,15 +75,15 @@ def _problem(q: Tensor, k: Tensor, v: Tensor) -> bytes:
 
 def _aligned(plan: Tensor) -> Tensor:
     """The plan, moved if something (a saved-tensor hook, say) gave it other memory."""
-    if plan.data_ptr() % _ALIGNMENT == 0:
+    if plan.data_ptr() % ALIGNMENT == 0:
         return plan
     return _aligned_bytes(plan.numel(), plan.device).copy_(plan)
 
 
 def _aligned_bytes(size: int, device: torch.device) -> Tensor:
-    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8, device=device)
-    start = -memory.data_ptr() % _ALIGNMENT
-    return memory[start : start + size]
+    if device.type == "cpu":  # torch's own CPU memory is aligned to 64 bytes only
+        return torch.from_numpy(aligned_bytes(size))
+    return torch.empty(size, dtype=torch.uint8, device=device)
 
 
 def _plan_bytes(mask: bytes, problem: bytes) -> int:
@@ -311,6 +310,60 @@ def _gradient(ctx, dout, dlse):  # type: ignore[no-untyped-def]
 torch.library.register_autograd("anymask::forward", _gradient, setup_context=_setup, lib=_lib)
 
 
+def _no_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    pass
+
+
+def _no_gradient(ctx, *gradients):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("anymask::backward: second derivatives are not available")
+
+
+torch.library.register_autograd(
+    "anymask::backward", _no_gradient, setup_context=_no_setup, lib=_lib
+)
+
+
+class _Transformed(torch.autograd.Function):
+    """anymask::forward inside torch.func transforms, which register_autograd does not serve."""
+
+    @staticmethod
+    def forward(q, k, v, arrays, spec, plan, scale, deterministic):  # type: ignore[no-untyped-def]
+        return torch.ops.anymask.forward(q, k, v, arrays, spec, plan, scale, deterministic)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        _setup(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
+        return (*_gradient(ctx, dout, dlse)[:3], None, None, None, None, None)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
+        return _slices(_Transformed.apply, info, in_dims, inputs)
+
+
+def _slices(function, info, in_dims, inputs):  # type: ignore[no-untyped-def]
+    """vmap by one call a slice: the mask's arrays may be batched too."""
+
+    def slice_of(value, dim, i):  # type: ignore[no-untyped-def]
+        if isinstance(value, (list, tuple)) and isinstance(dim, (list, tuple)):
+            return [slice_of(v, d, i) for v, d in zip(value, dim)]
+        return value if dim is None else value.select(dim, i)
+
+    results = [
+        function(*(slice_of(value, dim, i) for value, dim in zip(inputs, in_dims)))
+        for i in range(info.batch_size)
+    ]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results))
+    return stacked, (0,) * len(stacked)
+
+
+@torch.library.register_vmap("anymask::backward", lib=_lib)
+def _backward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
+    return _slices(torch.ops.anymask.backward, info, in_dims, inputs)
+
+
 # ---- what attention.py and plans.py call --------------------------------------------------------
 
 
@@ -370,4 +423,7 @@ def attention(
         buffer = torch.ops.anymask.plan(arrays, mask.spec, sizes, q.dtype, q.device)
     else:
         buffer = None
-    return torch.ops.anymask.forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)
+    forward = torch.ops.anymask.forward
+    if torch._C._are_functorch_transforms_active():
+        forward = _Transformed.apply
+    return forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)

@@ -135,6 +135,14 @@ ANYMASK_INLINE void for_blocks(int begin, int end, const Body& body) {
   last_block<kBlock - 1>(body, m, end - m);
 }
 
+// The same for a number of them that the compiler knows.
+template <int kCount, class Body>
+ANYMASK_INLINE void for_blocks_in(int begin, const Body& body) {
+  constexpr int kWhole = kCount / kBlock * kBlock;
+  for (int m = 0; m < kWhole; m += kBlock) body.template run<kBlock>(begin + m);
+  if constexpr (kWhole < kCount) body.template run<kCount - kWhole>(begin + kWhole);
+}
+
 // ---- packing ------------------------------------------------------------------------------------
 
 ANYMASK_INLINE int round_up(int x, int to) { return (x + to - 1) / to * to; }

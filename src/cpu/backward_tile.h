@@ -262,12 +262,12 @@ inline void add_transposed(const BackwardScratch<Math>& scratch, const Units& un
     for_columns<Math>(
         columns,
         [&](int n) {
-          for_blocks(0, kStrip<Math>,
+          for_blocks_in<kStrip<Math>>(0,
                      AddTransposed<Math, kVectors>{units, strip, strip_p, b + n, b_stride,
                                                    strip_to + n, to_stride});
         },
         [&](int n) {
-          for_blocks(0, kStrip<Math>,
+          for_blocks_in<kStrip<Math>>(0,
                      AddTransposed<Math, 1>{units, strip, strip_p, b + n, b_stride, strip_to + n,
                                             to_stride});
         });
@@ -327,11 +327,11 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
     for (int g = 0; g < units.groups; ++g) {
       const int begin = g * kGroupRows;
       if (units.state[g][s] == 1) {
-        for_blocks(begin, begin + kGroupRows,
+        for_blocks_in<kGroupRows>(begin,
                    Probabilities<Math, false>{scratch, s, factor, scale, nullptr});
       } else if (units.state[g][s] == 2) {
         const uint32_t* words = tile.words.data + g * tile.words.stride + s * kStrip<Math>;
-        for_blocks(begin, begin + kGroupRows,
+        for_blocks_in<kGroupRows>(begin,
                    Probabilities<Math, true>{scratch, s, factor, scale, words});
       }
     }
@@ -356,7 +356,7 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
                                           scratch.dq + n,
                                           scratch.dq_stride};
         for (int g = 0; g < units.groups; ++g) {
-          for_blocks(g * kGroupRows, (g + 1) * kGroupRows, body);
+          for_blocks_in<kGroupRows>(g * kGroupRows, body);
         }
       },
       [&](int n) {
@@ -368,7 +368,7 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
                                    scratch.dq + n,
                                    scratch.dq_stride};
         for (int g = 0; g < units.groups; ++g) {
-          for_blocks(g * kGroupRows, (g + 1) * kGroupRows, body);
+          for_blocks_in<kGroupRows>(g * kGroupRows, body);
         }
       });
 }

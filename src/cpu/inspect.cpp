@@ -57,7 +57,8 @@ void for_each_word(const Program& program, const Visit& visit) {
     const int first = static_cast<int>(task % word_rows) * rules::kWordRows;
     const uint32_t rows = rules::run_word(0, program.q_len, first);
     for (int column = 0; column < program.kv_len; ++column) {
-      visit(place, first, column, column_word(program, place_of(program, place), column, first) & rows);
+      visit(place, first, column,
+            column_word(program, place_of(program, place), column, first) & rows);
     }
   });
 }
@@ -142,11 +143,10 @@ void mask_tile_classes(const Mask& mask, const Problem& problem, int64_t tile_ro
     const Place place = place_of(program, task / row_tiles);
     const int64_t row_begin = task % row_tiles * tile_rows;
     for (int64_t c = 0; c < column_tiles; ++c) {
-      const Tile tile{
-          static_cast<int>(row_begin),
-          static_cast<int>(std::min<int64_t>(row_begin + tile_rows, program.q_len)),
-          static_cast<int>(c * tile_columns),
-          static_cast<int>(std::min<int64_t>((c + 1) * tile_columns, program.kv_len))};
+      const Tile tile{static_cast<int>(row_begin),
+                      static_cast<int>(std::min<int64_t>(row_begin + tile_rows, program.q_len)),
+                      static_cast<int>(c * tile_columns),
+                      static_cast<int>(std::min<int64_t>((c + 1) * tile_columns, program.kv_len))};
       bytes[place.batch * classes.stride[0] + place.head * classes.stride[1] +
             task % row_tiles * classes.stride[2] + c * classes.stride[3]] =
           static_cast<uint8_t>(cpu::exact_class(program, place, tile));

@@ -46,10 +46,14 @@ void pack_word_row(const rules::Node& dense, const char* first, int rows, int64_
               array.column_stride, rows, columns, dense.flag != 0, words);
   };
   switch (array.bytes) {
-    case 1: return pack(uint8_t{});
-    case 2: return pack(uint16_t{});
-    case 4: return pack(uint32_t{});
-    default: return pack(uint64_t{});
+    case 1:
+      return pack(uint8_t{});
+    case 2:
+      return pack(uint16_t{});
+    case 4:
+      return pack(uint32_t{});
+    default:
+      return pack(uint64_t{});
   }
 }
 
@@ -63,9 +67,9 @@ void pack_dense(const Program& program, const rules::Node& dense, const rules::N
     const int64_t batch = task / shape.row_words / shape.heads;
     const int64_t first_row = word_row * rules::kWordRows;
     const bool one_row = from.row_stride == 0;
-    const int rows = one_row ? 1
-                             : static_cast<int>(std::min<int64_t>(rules::kWordRows,
-                                                                  program.q_len - first_row));
+    const int rows =
+        one_row ? 1
+                : static_cast<int>(std::min<int64_t>(rules::kWordRows, program.q_len - first_row));
     const int64_t offset =
         batch * from.batch_stride + head * from.head_stride + first_row * from.row_stride;
     uint32_t* target = words + task * shape.columns;
@@ -99,8 +103,8 @@ class MapBuilder {
     const int rows = range.row_end - range.row_begin;
     const int columns = range.column_end - range.column_begin;
     const bool single = rows == 1 && columns == 1;
-    const TileClass found = single ? exact_class(program_, place_, tile)
-                                   : tile_class(program_, place_, tile);
+    const TileClass found =
+        single ? exact_class(program_, place_, tile) : tile_class(program_, place_, tile);
     if (found != rules::kSome || single) return set(range, found);
     TileRange first = range, second = range;
     if (rows >= columns) {
@@ -185,8 +189,9 @@ void count_and_order(const Program& program, const TileMap& map) {
     const uint32_t* words = map.visible + place * map.outer_tiles * map.words;
     for (int32_t outer = 0; outer < map.outer_tiles; ++outer) {
       const uint32_t* row = words + int64_t{outer} * map.words;
-      count[outer] = std::accumulate(
-          row, row + map.words, 0, [](int sum, uint32_t word) { return sum + std::popcount(word); });
+      count[outer] = std::accumulate(row, row + map.words, 0, [](int sum, uint32_t word) {
+        return sum + std::popcount(word);
+      });
     }
     std::iota(order, order + map.outer_tiles, 0);
     std::stable_sort(order, order + map.outer_tiles,

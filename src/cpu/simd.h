@@ -7,10 +7,15 @@
 #include <cstddef>
 #include <cstdint>
 
-#if defined(__AVX2__)
+// GCC 12 warns about its own headers' undefined operands.
+#if !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
-#else
-#include <emmintrin.h>
+#if !defined(__clang__)
+#pragma GCC diagnostic pop
 #endif
 
 #define ANYMASK_INLINE inline __attribute__((always_inline))

@@ -30,9 +30,8 @@ struct ColumnRuns {
 // How many columns of startend_row_indices this column needs; 0: it cannot be written so.
 int columns_needed(const ColumnRuns& runs, int32_t q_len, bool causal) {
   const bool to_the_end = runs.count > 0 && runs.end[runs.count == 2] == q_len;
-  if (causal) return runs.count == 0 || (runs.count == 1 && to_the_end) ? 1
-                     : runs.count == 1                                  ? 2
-                                                                        : 0;
+  if (causal)
+    return runs.count == 0 || (runs.count == 1 && to_the_end) ? 1 : runs.count == 1 ? 2 : 0;
   if (runs.count == 0) return 2;
   const bool from_start = runs.begin[0] == 0;
   if (runs.count == 1) return from_start || to_the_end ? 2 : 4;
@@ -50,9 +49,8 @@ void write_column(const ColumnRuns& runs, int n, int32_t q_len, bool causal, int
     target[1] = runs.count > 0 ? runs.end[0] : q_len;
   } else if (n == 2) {
     target[0] = to_the_end ? runs.begin[last] : q_len;
-    target[1] = runs.count > 0 && runs.begin[0] == 0 && !(runs.count == 1 && to_the_end)
-                    ? runs.end[0]
-                    : 0;
+    target[1] =
+        runs.count > 0 && runs.begin[0] == 0 && !(runs.count == 1 && to_the_end) ? runs.end[0] : 0;
   } else {
     target[0] = runs.count > 0 ? runs.begin[last] : q_len;
     target[1] = runs.count > 0 ? runs.end[last] : q_len;

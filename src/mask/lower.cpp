@@ -94,9 +94,7 @@ class Lowering {
     }
   }
 
-  static void push(std::vector<Tree>& stack, const Node& leaf) {
-    stack.push_back({{leaf}, 1});
-  }
+  static void push(std::vector<Tree>& stack, const Node& leaf) { stack.push_back({{leaf}, 1}); }
 
   void join(std::vector<Tree>& stack, Op op) const {
     if (stack.size() < 2) throw InvalidValue("mask: & or | without two operands before it");
@@ -114,30 +112,39 @@ class Lowering {
 
   void read(const MaskNode& node, std::vector<Tree>& stack) {
     switch (node.kind) {
-      case MaskKind::full: return push(stack, Node{.op = Op::kConstant, .flag = 1});
-      case MaskKind::causal: return push(stack, band(-1, 0));
-      case MaskKind::sliding_window: return push(stack, band(node.left, node.right));
+      case MaskKind::full:
+        return push(stack, Node{.op = Op::kConstant, .flag = 1});
+      case MaskKind::causal:
+        return push(stack, band(-1, 0));
+      case MaskKind::sliding_window:
+        return push(stack, band(node.left, node.right));
       case MaskKind::prefix_lm:
         push(stack, prefix(node));
         push(stack, band(-1, 0));
         return join(stack, Op::kOr);
       case MaskKind::documents:
         return push(stack, ids(node, "documents: q_ids", "documents: kv_ids", 0));
-      case MaskKind::cu_documents: return push(stack, segments(node));
+      case MaskKind::cu_documents:
+        return push(stack, segments(node));
       case MaskKind::intervals:
         push(stack, intervals(node));
         if (node.left == 0) return;
         push(stack, band(-1, 0));
         return join(stack, Op::kAnd);
-      case MaskKind::blocks: return push(stack, blocks(node));
-      case MaskKind::dense: return push(stack, dense(node));
-      case MaskKind::ids: return push(stack, ids(node, "ids: eq", "ids: ek", 1));
+      case MaskKind::blocks:
+        return push(stack, blocks(node));
+      case MaskKind::dense:
+        return push(stack, dense(node));
+      case MaskKind::ids:
+        return push(stack, ids(node, "ids: eq", "ids: ek", 1));
       case MaskKind::logical_not:
         if (stack.empty()) throw InvalidValue("mask: ~ without an operand before it");
         stack.back().nodes.push_back(Node{.op = Op::kNot});
         return;
-      case MaskKind::logical_and: return join(stack, Op::kAnd);
-      case MaskKind::logical_or: return join(stack, Op::kOr);
+      case MaskKind::logical_and:
+        return join(stack, Op::kAnd);
+      case MaskKind::logical_or:
+        return join(stack, Op::kOr);
     }
     throw InvalidValue("mask: unknown node kind " +
                        std::to_string(static_cast<int32_t>(node.kind)));
@@ -156,8 +163,7 @@ class Lowering {
     check_device("prefix_lm: n", lengths);
     if (!is_index(lengths.dtype)) fail_dtype("prefix_lm: n", lengths.dtype, "int32 or int64");
     if (lengths.ndim != 1 || (lengths.shape[0] != 1 && lengths.shape[0] != problem_.batch)) {
-      fail_shape("prefix_lm: n", lengths,
-                 "[1] or [batch] = " + shape_text({problem_.batch}));
+      fail_shape("prefix_lm: n", lengths, "[1] or [batch] = " + shape_text({problem_.batch}));
     }
     Node leaf{.op = Op::kPrefix};
     leaf.columns = array(lengths, lengths.shape[0], lengths.stride[0], 1, 0, 0, 0);
@@ -257,9 +263,8 @@ class Lowering {
                      std::to_string(rows) + " x " + std::to_string(columns));
     }
     check_batch_heads(name, given, wide.shape[0], wide.shape[1]);
-    Node leaf{.op = Op::kBlocks,
-              .lo = static_cast<int32_t>(rows),
-              .hi = static_cast<int32_t>(columns)};
+    Node leaf{
+        .op = Op::kBlocks, .lo = static_cast<int32_t>(rows), .hi = static_cast<int32_t>(columns)};
     leaf.columns = array(wide, wide.shape[0], wide.stride[0], wide.shape[1], wide.stride[1],
                          wide.stride[2], wide.stride[3]);
     return leaf;
@@ -280,9 +285,9 @@ class Lowering {
     }
     check_batch_heads(name, given, wide.shape[0], wide.shape[1]);
     Node leaf{.op = Op::kDense, .flag = is_float(given.dtype) ? 1 : 0};
-    leaf.columns = array(wide, wide.shape[0], wide.stride[0], wide.shape[1], wide.stride[1],
-                         wide.shape[2] == 1 ? 0 : wide.stride[2],
-                         wide.shape[3] == 1 ? 0 : wide.stride[3]);
+    leaf.columns =
+        array(wide, wide.shape[0], wide.stride[0], wide.shape[1], wide.stride[1],
+              wide.shape[2] == 1 ? 0 : wide.stride[2], wide.shape[3] == 1 ? 0 : wide.stride[3]);
     return leaf;
   }
 
@@ -312,8 +317,7 @@ class Lowering {
   Array array(const Tensor& tensor, int64_t batches, int64_t batch_stride, int64_t heads,
               int64_t head_stride, int64_t row_stride, int64_t column_stride) {
     if (batches != 1) program_.batches = static_cast<int32_t>(batches);
-    program_.heads =
-        static_cast<int32_t>(std::lcm(static_cast<int64_t>(program_.heads), heads));
+    program_.heads = static_cast<int32_t>(std::lcm(static_cast<int64_t>(program_.heads), heads));
     return Array{.data = tensor.data,
                  .batch_stride = batches == 1 ? 0 : batch_stride,
                  .head_stride = heads == 1 ? 0 : head_stride,

@@ -28,12 +28,12 @@ struct TileMap {
   TileShape shape;
   int32_t outer_tiles;
   int32_t inner_tiles;
-  int32_t words;        // 32-bit words per outer tile: ceil(inner_tiles / 32)
-  uint32_t* visible;    // [places][outer_tiles][words]
-  uint32_t* hidden;     // [places][outer_tiles][words]
-  int32_t* order;       // [places][outer_tiles]: outer tiles by number of visible inner tiles,
-                        // most first; ties: the lower index first
-  int32_t* count;       // [places][outer_tiles]: visible inner tiles
+  int32_t words;      // 32-bit words per outer tile: ceil(inner_tiles / 32)
+  uint32_t* visible;  // [places][outer_tiles][words]
+  uint32_t* hidden;   // [places][outer_tiles][words]
+  int32_t* order;     // [places][outer_tiles]: outer tiles by number of visible inner tiles,
+                      // most first; ties: the lower index first
+  int32_t* count;     // [places][outer_tiles]: visible inner tiles
 };
 
 }  // namespace anymask::plan

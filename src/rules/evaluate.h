@@ -32,10 +32,18 @@ ANYMASK_RULE TileClass tile_class(const Program& program, Place place, const Til
   for (int i = 0; i < program.count; ++i) {
     const Node& node = program.nodes[i];
     switch (node.op) {
-      case Op::kNot: stack.top = class_not(stack.top); break;
-      case Op::kAnd: stack.join(class_and(stack.top, stack.second)); break;
-      case Op::kOr: stack.join(class_or(stack.top, stack.second)); break;
-      default: stack.push(leaf_class(node, place, tile)); break;
+      case Op::kNot:
+        stack.top = class_not(stack.top);
+        break;
+      case Op::kAnd:
+        stack.join(class_and(stack.top, stack.second));
+        break;
+      case Op::kOr:
+        stack.join(class_or(stack.top, stack.second));
+        break;
+      default:
+        stack.push(leaf_class(node, place, tile));
+        break;
     }
   }
   return stack.top;
@@ -48,10 +56,18 @@ ANYMASK_RULE uint32_t column_word(const Program& program, Place place, int colum
   for (int i = 0; i < program.count; ++i) {
     const Node& node = program.nodes[i];
     switch (node.op) {
-      case Op::kNot: stack.top = ~stack.top; break;
-      case Op::kAnd: stack.join(stack.top & stack.second); break;
-      case Op::kOr: stack.join(stack.top | stack.second); break;
-      default: stack.push(leaf_word(node, place, column, first_row, program.q_len)); break;
+      case Op::kNot:
+        stack.top = ~stack.top;
+        break;
+      case Op::kAnd:
+        stack.join(stack.top & stack.second);
+        break;
+      case Op::kOr:
+        stack.join(stack.top | stack.second);
+        break;
+      default:
+        stack.push(leaf_word(node, place, column, first_row, program.q_len));
+        break;
     }
   }
   return stack.top;

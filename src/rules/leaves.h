@@ -25,11 +25,14 @@ ANYMASK_RULE int64_t load_integer(const Array& array, Place place, int64_t offse
 // `sign_bits` is 1 for floating-point elements, whose -0.0 is zero too, else 0.
 ANYMASK_RULE bool load_nonzero(const Array& array, Place place, int64_t offset, int sign_bits) {
   switch (array.bytes) {
-    case 1: return array_at<uint8_t>(array, place)[offset] != 0;
+    case 1:
+      return array_at<uint8_t>(array, place)[offset] != 0;
     case 2:
       return static_cast<uint16_t>(array_at<uint16_t>(array, place)[offset] << sign_bits) != 0;
-    case 4: return (array_at<uint32_t>(array, place)[offset] << sign_bits) != 0;
-    default: return (array_at<uint64_t>(array, place)[offset] << sign_bits) != 0;
+    case 4:
+      return (array_at<uint32_t>(array, place)[offset] << sign_bits) != 0;
+    default:
+      return (array_at<uint64_t>(array, place)[offset] << sign_bits) != 0;
   }
 }
 
@@ -56,7 +59,7 @@ ANYMASK_RULE int prefix_length(const Node& node, Place place) {
 
 ANYMASK_RULE TileClass prefix_class(const Node& node, Place place, const Tile& tile) {
   const int n = prefix_length(node, place);
-  return class_of(tile.column_begin < n, tile.column_end > n);
+  return class_of(tile.column_begin<n, tile.column_end> n);
 }
 
 ANYMASK_RULE uint32_t prefix_word(const Node& node, Place place, int column) {
@@ -74,10 +77,14 @@ ANYMASK_RULE MaskedRuns masked_runs(const Node& node, Place place, int column) {
   const int64_t step = node.columns.column_stride;
   constexpr int kEnd = 0x7fffffff;
   switch (static_cast<IntervalForm>(node.flag)) {
-    case IntervalForm::kFrom: return {row[0], kEnd, 0, 0};
-    case IntervalForm::kRun: return {row[0], row[step], 0, 0};
-    case IntervalForm::kOutside: return {row[0], kEnd, 0, row[step]};
-    default: return {row[0], row[step], row[2 * step], row[3 * step]};
+    case IntervalForm::kFrom:
+      return {row[0], kEnd, 0, 0};
+    case IntervalForm::kRun:
+      return {row[0], row[step], 0, 0};
+    case IntervalForm::kOutside:
+      return {row[0], kEnd, 0, row[step]};
+    default:
+      return {row[0], row[step], row[2 * step], row[3 * step]};
   }
 }
 
@@ -85,10 +92,10 @@ ANYMASK_RULE TileClass intervals_class(const Node& node, Place place, const Tile
   TileClass result = 0;
   for (int column = tile.column_begin; column < tile.column_end && result != kSome; ++column) {
     const MaskedRuns runs = masked_runs(node, place, column);
-    const bool meets1 = runs.begin1 < runs.end1 && runs.begin1 < tile.row_end &&
-                        runs.end1 > tile.row_begin;
-    const bool meets2 = runs.begin2 < runs.end2 && runs.begin2 < tile.row_end &&
-                        runs.end2 > tile.row_begin;
+    const bool meets1 =
+        runs.begin1 < runs.end1 && runs.begin1 < tile.row_end && runs.end1 > tile.row_begin;
+    const bool meets2 =
+        runs.begin2 < runs.end2 && runs.begin2 < tile.row_end && runs.end2 > tile.row_begin;
     // Walk from the first row through whichever run holds it: 1, 2, 1 covers either order.
     int row = tile.row_begin;
     if (runs.begin1 <= row) row = max_of(row, runs.end1);
@@ -132,9 +139,9 @@ ANYMASK_RULE Segment segment_of(const Node& node, Place place, int index) {
 ANYMASK_RULE TileClass segments_class(const Node& node, Place place, const Tile& tile) {
   const Segment first = segment_of(node, place, tile.column_begin);
   const Segment last = segment_of(node, place, tile.column_end - 1);
-  return class_of(first.begin < tile.row_end && last.end > tile.row_begin,
-                  first.begin != last.begin || first.begin > tile.row_begin ||
-                      first.end < tile.row_end);
+  return class_of(
+      first.begin < tile.row_end && last.end > tile.row_begin,
+      first.begin != last.begin || first.begin > tile.row_begin || first.end < tile.row_end);
 }
 
 ANYMASK_RULE uint32_t segments_word(const Node& node, Place place, int column, int first_row) {
@@ -182,10 +189,9 @@ ANYMASK_RULE uint32_t ids_word(const Node& node, Place place, int column, int fi
 // ---- blocks: one entry per block of `lo` rows x `hi` columns -----------------------------------
 
 ANYMASK_RULE bool block_visible(const Node& node, Place place, int row_block, int column_block) {
-  return load_nonzero(node.columns, place,
-                      row_block * node.columns.row_stride +
-                          column_block * node.columns.column_stride,
-                      0);
+  return load_nonzero(
+      node.columns, place,
+      row_block * node.columns.row_stride + column_block * node.columns.column_stride, 0);
 }
 
 ANYMASK_RULE TileClass blocks_class(const Node& node, Place place, const Tile& tile) {
@@ -262,16 +268,26 @@ ANYMASK_RULE TileClass bits_class(const Node& node, Place place, const Tile& til
 
 ANYMASK_RULE TileClass leaf_class(const Node& node, Place place, const Tile& tile) {
   switch (node.op) {
-    case Op::kConstant: return node.flag != 0 ? kAll : kNone;
-    case Op::kBand: return band_class(node, tile);
-    case Op::kPrefix: return prefix_class(node, place, tile);
-    case Op::kIntervals: return intervals_class(node, place, tile);
-    case Op::kSegments: return segments_class(node, place, tile);
-    case Op::kIds: return ids_class(node, place, tile);
-    case Op::kBlocks: return blocks_class(node, place, tile);
-    case Op::kDense: return dense_class(node, place, tile);
-    case Op::kBits: return bits_class(node, place, tile);
-    default: return kSome;
+    case Op::kConstant:
+      return node.flag != 0 ? kAll : kNone;
+    case Op::kBand:
+      return band_class(node, tile);
+    case Op::kPrefix:
+      return prefix_class(node, place, tile);
+    case Op::kIntervals:
+      return intervals_class(node, place, tile);
+    case Op::kSegments:
+      return segments_class(node, place, tile);
+    case Op::kIds:
+      return ids_class(node, place, tile);
+    case Op::kBlocks:
+      return blocks_class(node, place, tile);
+    case Op::kDense:
+      return dense_class(node, place, tile);
+    case Op::kBits:
+      return bits_class(node, place, tile);
+    default:
+      return kSome;
   }
 }
 
@@ -280,16 +296,26 @@ ANYMASK_RULE TileClass leaf_class(const Node& node, Place place, const Tile& til
 ANYMASK_RULE uint32_t leaf_word(const Node& node, Place place, int column, int first_row,
                                 int q_len) {
   switch (node.op) {
-    case Op::kConstant: return node.flag != 0 ? kAllRows : 0u;
-    case Op::kBand: return band_word(node, column, first_row);
-    case Op::kPrefix: return prefix_word(node, place, column);
-    case Op::kIntervals: return intervals_word(node, place, column, first_row);
-    case Op::kSegments: return segments_word(node, place, column, first_row);
-    case Op::kIds: return ids_word(node, place, column, first_row, q_len);
-    case Op::kBlocks: return blocks_word(node, place, column, first_row, q_len);
-    case Op::kDense: return dense_word(node, place, column, first_row, q_len);
-    case Op::kBits: return bits_word(node, place, column, first_row);
-    default: return 0u;
+    case Op::kConstant:
+      return node.flag != 0 ? kAllRows : 0u;
+    case Op::kBand:
+      return band_word(node, column, first_row);
+    case Op::kPrefix:
+      return prefix_word(node, place, column);
+    case Op::kIntervals:
+      return intervals_word(node, place, column, first_row);
+    case Op::kSegments:
+      return segments_word(node, place, column, first_row);
+    case Op::kIds:
+      return ids_word(node, place, column, first_row, q_len);
+    case Op::kBlocks:
+      return blocks_word(node, place, column, first_row, q_len);
+    case Op::kDense:
+      return dense_word(node, place, column, first_row, q_len);
+    case Op::kBits:
+      return bits_word(node, place, column, first_row);
+    default:
+      return 0u;
   }
 }
 

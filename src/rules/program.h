@@ -22,10 +22,10 @@ enum class Op : int32_t {
 
 // How the columns of startend_row_indices say which rows a key column masks.
 enum class IntervalForm : int32_t {
-  kFrom,         // [LTS, end)                         one column
-  kRun,          // [LTS, LTE)                         two columns under a causal triangle
-  kOutside,      // [LTS, end) and [0, UTE)            two columns
-  kTwoRuns,      // [LTS, LTE) and [UTS, UTE)          four columns
+  kFrom,     // [LTS, end)                         one column
+  kRun,      // [LTS, LTE)                         two columns under a causal triangle
+  kOutside,  // [LTS, end) and [0, UTE)            two columns
+  kTwoRuns,  // [LTS, LTE) and [UTS, UTE)          four columns
 };
 
 // One array that a leaf reads, strides in elements: value(batch, head, row, column). Batch and

@@ -9,8 +9,8 @@ namespace anymask::rules {
 using TileClass = uint32_t;
 inline constexpr TileClass kVisible = 1;
 inline constexpr TileClass kHidden = 2;
-inline constexpr TileClass kNone = kHidden;            // no pair is allowed: skip the tile
-inline constexpr TileClass kAll = kVisible;            // every pair is allowed: no mask needed
+inline constexpr TileClass kNone = kHidden;             // no pair is allowed: skip the tile
+inline constexpr TileClass kAll = kVisible;             // every pair is allowed: no mask needed
 inline constexpr TileClass kSome = kVisible | kHidden;  // look at the bits
 
 ANYMASK_RULE constexpr TileClass class_not(TileClass a) { return (a >> 1) | ((a & 1) << 1); }

@@ -51,9 +51,8 @@ TEST(Lower, RefusesOtherWrongLeaves) {
   expect_refused<InvalidValue>(ids(i32({1, 1, 100}), Tensor()), "ids: ek is missing");
   expect_refused<InvalidType>(ids(Tensor(memory, DType::u8, {1, 1, 100}), i32({1, 1, 100})),
                               "ids: eq has type uint8");
-  expect_refused<InvalidType>(
-      documents(Tensor(memory, DType::i32, {100}, {DeviceType::cuda, 1})),
-      "documents: q_ids is on cuda:1; it must be on cpu");
+  expect_refused<InvalidType>(documents(Tensor(memory, DType::i32, {100}, {DeviceType::cuda, 1})),
+                              "documents: q_ids is on cuda:1; it must be on cpu");
   expect_refused<InvalidValue>(prefix_lm(i32({3})), "[1] or [batch]");
 }
 

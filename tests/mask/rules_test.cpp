@@ -63,26 +63,23 @@ Problem problem(int q_len, int kv_len, int batch = 1, int heads = 1) {
 
 TEST(Rules, CausalIsAlignedBottomRight) {
   for (const auto& [q, k] : {std::pair{70, 70}, {33, 90}, {90, 33}, {1, 1}}) {
-    expect_mask(causal(), problem(q, k), [q = q, k = k](int, int, int i, int j) {
-      return j <= i + k - q;
-    });
+    expect_mask(causal(), problem(q, k),
+                [q = q, k = k](int, int, int i, int j) { return j <= i + k - q; });
   }
 }
 
 TEST(Rules, SlidingWindow) {
-  expect_mask(sliding_window(5, 3), problem(60, 75), [](int, int, int i, int j) {
-    return j >= i + 15 - 5 && j <= i + 15 + 3;
-  });
+  expect_mask(sliding_window(5, 3), problem(60, 75),
+              [](int, int, int i, int j) { return j >= i + 15 - 5 && j <= i + 15 + 3; });
   expect_mask(sliding_window(-1, 2), problem(40, 40),
               [](int, int, int i, int j) { return j <= i + 2; });
 }
 
 TEST(Rules, PrefixWithALengthPerBatchEntry) {
   std::vector<int64_t> lengths{0, 13, 64};
-  expect_mask(prefix_lm(Tensor(lengths.data(), DType::i64, {3})), problem(64, 64, 3),
-              [&](int b, int, int i, int j) {
-                return j <= i || j < lengths[static_cast<size_t>(b)];
-              });
+  expect_mask(
+      prefix_lm(Tensor(lengths.data(), DType::i64, {3})), problem(64, 64, 3),
+      [&](int b, int, int i, int j) { return j <= i || j < lengths[static_cast<size_t>(b)]; });
 }
 
 TEST(Rules, DocumentsByIdsAndByLengthsAgree) {
@@ -119,18 +116,18 @@ TEST(Rules, IntervalsInEveryForm) {
 
 TEST(Rules, BlocksOfUnequalSides) {
   std::vector<uint8_t> block{1, 0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1};  // 4 x 3
-  expect_mask(blocks(Tensor(block.data(), DType::u8, {1, 1, 4, 3}), 16, 32), problem(61, 70),
-              [&](int, int, int i, int j) {
-                return block[static_cast<size_t>(i / 16 * 3 + j / 32)] != 0;
-              });
+  expect_mask(
+      blocks(Tensor(block.data(), DType::u8, {1, 1, 4, 3}), 16, 32), problem(61, 70),
+      [&](int, int, int i, int j) { return block[static_cast<size_t>(i / 16 * 3 + j / 32)] != 0; });
 }
 
 TEST(Rules, DenseOfFloatsTakesMinusZeroForZero) {
   std::mt19937 random(3);
   std::vector<float> allowed(40 * 37);
   for (float& value : allowed) value = random() % 3 == 0 ? -0.0f : random() % 2 == 0 ? 0.0f : -2.0f;
-  expect_mask(dense(Tensor(allowed.data(), DType::f32, {40, 37})), problem(40, 37),
-              [&](int, int, int i, int j) { return allowed[static_cast<size_t>(i * 37 + j)] != 0; });
+  expect_mask(
+      dense(Tensor(allowed.data(), DType::f32, {40, 37})), problem(40, 37),
+      [&](int, int, int i, int j) { return allowed[static_cast<size_t>(i * 37 + j)] != 0; });
 }
 
 TEST(Rules, DenseBroadcastOverRows) {
@@ -145,11 +142,12 @@ TEST(Rules, IdsPerHead) {
   std::vector<int32_t> eq(2 * 40), ek(2 * 48);
   for (int32_t& value : eq) value = static_cast<int32_t>(random() % 6) - 4;
   for (int32_t& value : ek) value = static_cast<int32_t>(random() % 6) - 4;
-  expect_mask(ids(Tensor(eq.data(), DType::i32, {1, 2, 40}), Tensor(ek.data(), DType::i32, {1, 2, 48})),
-              problem(40, 48, 1, 2), [&](int, int h, int i, int j) {
-                const int32_t q = eq[static_cast<size_t>(h * 40 + i)];
-                return q >= 0 || q == ek[static_cast<size_t>(h * 48 + j)];
-              });
+  expect_mask(
+      ids(Tensor(eq.data(), DType::i32, {1, 2, 40}), Tensor(ek.data(), DType::i32, {1, 2, 48})),
+      problem(40, 48, 1, 2), [&](int, int h, int i, int j) {
+        const int32_t q = eq[static_cast<size_t>(h * 40 + i)];
+        return q >= 0 || q == ek[static_cast<size_t>(h * 48 + j)];
+      });
 }
 
 TEST(Rules, TreesCombine) {

@@ -119,7 +119,8 @@ void expect_packed(DType dtype, bool broadcast_rows, bool broadcast_columns) {
   std::mt19937 random(9);
   const int rows = broadcast_rows ? 1 : 75, columns = broadcast_columns ? 1 : 133;
   std::vector<Element> allowed(static_cast<size_t>(2 * 3 * rows * columns));
-  for (Element& value : allowed) value = static_cast<Element>(random() % 4 == 0 ? 0 : 1 + random() % 100);
+  for (Element& value : allowed)
+    value = static_cast<Element>(random() % 4 == 0 ? 0 : 1 + random() % 100);
   const Mask mask = dense(Tensor(allowed.data(), dtype, {2, 3, rows, columns}));
   const Built built(mask, problem(75, 133, 2, 3), kShapes);
   EXPECT_EQ(built.plan.program.nodes[0].op, rules::Op::kBits);
@@ -127,8 +128,9 @@ void expect_packed(DType dtype, bool broadcast_rows, bool broadcast_columns) {
     for (int h = 0; h < 3; ++h) {
       for (int i = 0; i < 75; ++i) {
         for (int j = 0; j < 133; ++j) {
-          const size_t at = static_cast<size_t>(((b * 3 + h) * rows + (broadcast_rows ? 0 : i)) * columns +
-                                                (broadcast_columns ? 0 : j));
+          const size_t at =
+              static_cast<size_t>(((b * 3 + h) * rows + (broadcast_rows ? 0 : i)) * columns +
+                                  (broadcast_columns ? 0 : j));
           const uint32_t word = rules::column_word(built.plan.program, {b, h}, j, i / 32 * 32);
           ASSERT_EQ((word >> (i % 32) & 1u) != 0, allowed[at] != 0) << i << " " << j;
         }
@@ -157,7 +159,8 @@ TEST(Plan, LinearMasksHaveLinearPlans) {
 }
 
 TEST(Plan, EmptySizes) {
-  for (const auto& [q, k] : {std::pair{0, 50}, {50, 0}, {0, 0}}) expect_plan(causal(), problem(q, k));
+  for (const auto& [q, k] : {std::pair{0, 50}, {50, 0}, {0, 0}})
+    expect_plan(causal(), problem(q, k));
 }
 
 TEST(Plan, StatisticsCountPairs) {
@@ -175,7 +178,8 @@ TEST(Plan, IntervalsFromDenseRoundTrip) {
   for (const auto& [causal_form, n] : {std::pair{true, 1}, {true, 2}, {false, 2}, {false, 4}}) {
     std::vector<int32_t> indices(static_cast<size_t>(kColumns * n));
     for (int32_t& value : indices) value = static_cast<int32_t>(random() % (kRows + 1));
-    const Mask mask = intervals(Tensor(indices.data(), DType::i32, {1, 1, kColumns, n}), causal_form);
+    const Mask mask =
+        intervals(Tensor(indices.data(), DType::i32, {1, 1, kColumns, n}), causal_form);
     std::vector<uint8_t> allowed(kRows * kColumns), again(kRows * kColumns);
     const Tensor dense_view(allowed.data(), DType::u8, {1, 1, kRows, kColumns});
     mask_to_dense(mask, problem(kRows, kColumns), dense_view);

@@ -93,7 +93,7 @@ inline void pack(const PackParams& params) {
   for (int column = first; column < end; ++column) {
     const uint32_t word =
         pack_column(from + column * dense.column_stride, dense.row_stride, rows, params.sign_bits);
-    to[column] = params.rows == 1 ? 0u - word : word;  // one row stands for all 32 of its word
+    to[column] = dense.row_stride == 0 ? 0u - word : word;  // one row stands for all 32
   }
 }
 

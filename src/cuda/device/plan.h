@@ -124,8 +124,8 @@ inline rules::TileClass column_class(const rules::Program& program, rules::Place
 
 // The two words of one key tile: a bit for each of 32 row tiles.
 struct TileWords {
-  uint32_t visible = 0;
-  uint32_t hidden = 0;
+  uint32_t visible;
+  uint32_t hidden;
 
   void fill(int first, int count, rules::TileClass value) {
     const uint32_t bits = rules::low_bits(count) << first;
@@ -161,7 +161,7 @@ inline TileWords classify_key_tile(const ClassifyParams& params, rules::Place pl
   const int column_begin = key_tile * params.shape.columns;
   const int column_end = rules::min_of(column_begin + params.shape.columns, program.kv_len);
   const int tiles = rules::min_of(kClassifyRowTiles, params.row_tiles - first_tile);
-  TileWords words;
+  TileWords words = {0, 0};
   int span = params.widest_span;
   for (int first = 0; first < tiles;) {
     const int row_begin = (first_tile + first) * params.shape.rows;
@@ -205,7 +205,7 @@ inline void classify(const ClassifyParams& params) {
   const int key_tile = key_group * kClassifyWarps + warp;
 
   fill_id_table(params, place, first_tile, table);
-  TileWords words;
+  TileWords words = {0, 0};
   if (key_tile < params.key_tiles) {
     words = classify_key_tile(params, place, key_tile, first_tile, table);
     const plan::TileMap& map = params.column_map;

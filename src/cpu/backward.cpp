@@ -1,0 +1,205 @@
+// The backward pass: a task per key tile of a key-value head, in one sweep over the scores.
+//
+// dk and dv belong to the task. dq does not: each key tile adds its share to every row tile that
+// sees it, in the order of the key tiles, so that the sum is the same whatever the threads do. A
+// counter per row tile says whose turn it is. Tasks are handed out in that same order, so the
+// lowest unfinished task never waits and nothing can lock up; a task has its share ready in scratch
+// before it waits, so little is done while others wait.
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <thread>
+#include <vector>
+
+#include "cpu/backend.h"
+#include "cpu/threads.h"
+#include "cpu/view.h"
+#include "cpu/words.h"
+
+namespace anymask::cpu {
+namespace {
+
+size_t line_up(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
+
+// dq is summed in float. fp32 and fp64 sum in the caller's dq; bf16 and fp16 in this much memory at
+// most (or two key-value heads' worth, if that is more), handed from head to head.
+constexpr int64_t kSumBytes = int64_t{64} << 20;
+
+void wait_for(const std::atomic<int32_t>& counter, int32_t value) {
+  for (int spins = 0; counter.load(std::memory_order_acquire) != value; ++spins) {
+    if (spins < 256) {
+      __builtin_ia32_pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+class Backward {
+ public:
+  explicit Backward(const BackwardCall& call);
+  void run();
+
+ private:
+  void start_rows(int64_t task);
+  void key_tile(int64_t task, int thread);
+  void add_dq(const BackwardJob& job, int64_t b, int64_t h, int64_t row_tile, int rows,
+              int64_t key_tile);
+
+  int64_t place_at(int64_t b, int64_t h) const {
+    return place_index(*call_.program, place_of(*call_.program, b, h, q_heads_));
+  }
+  int rows_of(int64_t row_tile) const {
+    return static_cast<int>(std::min<int64_t>(tile_rows_, q_len_ - row_tile * tile_rows_));
+  }
+  std::atomic<int32_t>& turn(int64_t b, int64_t h, int64_t row_tile) {
+    return turns_[static_cast<size_t>((b * q_heads_ + h) * row_tiles_ + row_tile)];
+  }
+  char* delta_at(int64_t b, int64_t h, int64_t row) const {
+    return static_cast<char*>(delta_.get()) + ((b * q_heads_ + h) * q_len_ + row) * sum_size_;
+  }
+
+  const BackwardCall& call_;
+  const BackwardKernel& kernel_;
+  const int64_t batch_, q_len_, q_heads_, kv_len_, kv_heads_, group_, head_dim_, v_head_dim_;
+  const int64_t tile_rows_, tile_keys_, row_tiles_, key_tiles_;
+  const int64_t sum_size_;  // bytes of a sum's element
+  bool own_sums_ = false;   // 16-bit types: dq is summed in sums_
+  int64_t slots_ = 1;       // key-value heads whose sums fit into sums_
+  Memory sums_, delta_, scratch_;
+  size_t kernel_bytes_ = 0, thread_bytes_ = 0;
+  std::vector<std::atomic<int32_t>> turns_;
+};
+
+Backward::Backward(const BackwardCall& call)
+    : call_(call),
+      kernel_(kernels().backward[static_cast<int>(element_of(call.q.dtype))]),
+      batch_(call.q.shape[0]),
+      q_len_(call.q.shape[1]),
+      q_heads_(call.q.shape[2]),
+      kv_len_(call.k.shape[1]),
+      kv_heads_(call.k.shape[2]),
+      group_(kv_heads_ == 0 ? 1 : q_heads_ / kv_heads_),
+      head_dim_(call.q.shape[3]),
+      v_head_dim_(call.v.shape[3]),
+      tile_rows_(call.rows.shape.rows),
+      tile_keys_(call.rows.shape.columns),
+      row_tiles_(tiles_in(q_len_, call.rows.shape.rows)),
+      key_tiles_(tiles_in(kv_len_, call.rows.shape.columns)),
+      sum_size_(call.q.dtype == DType::f64 ? 8 : 4),
+      own_sums_(size_of(call.q.dtype) == 2),
+      turns_(static_cast<size_t>(batch_ * q_heads_ * row_tiles_)) {
+  delta_ = allocate(static_cast<size_t>(batch_ * q_heads_ * q_len_ * sum_size_));
+  kernel_bytes_ = line_up(
+      kernel_.scratch_bytes(static_cast<int>(tile_rows_), static_cast<int>(tile_keys_),
+                            static_cast<int>(head_dim_), static_cast<int>(v_head_dim_)));
+  thread_bytes_ = kernel_bytes_ + kTileWords * sizeof(uint32_t);
+  scratch_ = allocate(thread_bytes_ * static_cast<size_t>(threads()));
+  if (own_sums_) {
+    const int64_t slot = std::max<int64_t>(1, group_ * q_len_ * head_dim_ * 4);
+    const int64_t heads = std::max<int64_t>(1, batch_ * kv_heads_);
+    slots_ = std::min(heads, std::max<int64_t>(2, kSumBytes / slot));
+    sums_ = allocate(static_cast<size_t>(slots_ * slot));
+  }
+}
+
+void Backward::run() {
+  parallel_for(batch_ * q_heads_ * row_tiles_,
+               [&](int64_t task, int) { start_rows(task); });
+  parallel_for(batch_ * kv_heads_ * key_tiles_,
+               [&](int64_t task, int thread) { key_tile(task, thread); });
+}
+
+// delta of a row tile, and dq = 0 where it sees no key tile.
+void Backward::start_rows(int64_t task) {
+  const int64_t b = task / (q_heads_ * row_tiles_), h = task / row_tiles_ % q_heads_;
+  const int64_t row_tile = task % row_tiles_, row = row_tile * tile_rows_;
+  const int rows = rows_of(row_tile);
+  kernel_.delta(rows_in(call_.dout, b, row, h), rows_in(call_.out, b, row, h),
+                call_.dlse.given() ? element_at(call_.dlse, b, h, row) : nullptr, rows,
+                static_cast<int>(v_head_dim_), delta_at(b, h, row));
+  const bool blind = kv_len_ == 0 ||
+                     call_.rows.count[place_at(b, h) * call_.rows.outer_tiles + row_tile] == 0;
+  if (!blind) return;
+  const size_t bytes = static_cast<size_t>(head_dim_ * size_of(call_.dq.dtype));
+  for (int r = 0; r < rows; ++r) std::fill_n(row_at(call_.dq, b, row + r, h), bytes, char{0});
+}
+
+void Backward::key_tile(int64_t task, int thread) {
+  const int64_t b = task / (kv_heads_ * key_tiles_), kv_head = task / key_tiles_ % kv_heads_;
+  const int64_t tile = task % key_tiles_, key = tile * tile_keys_;
+  char* scratch = static_cast<char*>(scratch_.get()) + thread_bytes_ * static_cast<size_t>(thread);
+  uint32_t* words = reinterpret_cast<uint32_t*>(scratch + kernel_bytes_);
+
+  BackwardJob job{};
+  job.k = rows_in(call_.k, b, key, kv_head);
+  job.v = rows_in(call_.v, b, key, kv_head);
+  job.keys = static_cast<int>(std::min(tile_keys_, kv_len_ - key));
+  job.tile_rows = static_cast<int>(tile_rows_);
+  job.tile_keys = static_cast<int>(tile_keys_);
+  job.head_dim = static_cast<int>(head_dim_);
+  job.v_head_dim = static_cast<int>(v_head_dim_);
+  job.scale = call_.scale;
+  job.scratch = scratch;
+  kernel_.begin(job);
+  for (int64_t h = kv_head * group_; h < (kv_head + 1) * group_ && q_len_ > 0; ++h) {
+    const rules::Place place = place_of(*call_.program, b, h, q_heads_);
+    for_visible(call_.columns, place_index(*call_.program, place), tile,
+                [&](int64_t row_tile, bool some) {
+      const int64_t row = row_tile * tile_rows_;
+      RowTile rows{};
+      rows.q = rows_in(call_.q, b, row, h);
+      rows.dout = rows_in(call_.dout, b, row, h);
+      rows.lse = element_at(call_.lse, b, h, row);
+      rows.delta = delta_at(b, h, row);
+      rows.rows = rows_of(row_tile);
+      if (some) {
+        tile_words(*call_.program, place,
+                   {static_cast<int>(row), static_cast<int>(row) + rows.rows,
+                    static_cast<int>(key), static_cast<int>(key) + job.keys},
+                   words);
+        rows.words = {words, kWordsStride};
+      }
+      kernel_.tile(job, rows);
+      add_dq(job, b, h, row_tile, rows.rows, tile);
+    });
+  }
+  kernel_.end(job, rows_out(call_.dk, b, key, kv_head), rows_out(call_.dv, b, key, kv_head));
+}
+
+void Backward::add_dq(const BackwardJob& job, int64_t b, int64_t h, int64_t row_tile, int rows,
+                      int64_t key_tile) {
+  const int64_t place = place_at(b, h), row = row_tile * tile_rows_;
+  const uint32_t* visible = bits_of(call_.rows.visible, call_.rows, place, row_tile);
+  int rank = std::popcount(visible[key_tile / 32] & ((1u << (key_tile % 32)) - 1u));
+  for (int64_t w = 0; w < key_tile / 32; ++w) rank += std::popcount(visible[w]);
+  const bool last = rank + 1 == call_.rows.count[place * call_.rows.outer_tiles + row_tile];
+
+  const RowsOut dq = rows_out(call_.dq, b, row, h);
+  RowsOut sum = dq;
+  if (own_sums_) {
+    const int64_t kv = b * kv_heads_ + h / group_, in_slot = h % group_;
+    // The memory was used by an earlier head: wait until its row tile has been rounded.
+    if (rank == 0 && kv >= slots_) {
+      const int64_t old_b = (kv - slots_) / kv_heads_;
+      const int64_t old_h = (kv - slots_) % kv_heads_ * group_ + in_slot;
+      wait_for(turn(old_b, old_h, row_tile),
+               call_.rows.count[place_at(old_b, old_h) * call_.rows.outer_tiles + row_tile]);
+    }
+    const int64_t at = ((kv % slots_ * group_ + in_slot) * q_len_ + row) * head_dim_;
+    sum = {static_cast<float*>(sums_.get()) + at, head_dim_};
+  }
+  std::atomic<int32_t>& counter = turn(b, h, row_tile);
+  wait_for(counter, rank);
+  kernel_.add_dq(job, rows, rank == 0, sum);
+  if (own_sums_ && last) {
+    kernel_.round({sum.data, sum.stride}, rows, static_cast<int>(head_dim_), dq);
+  }
+  counter.store(rank + 1, std::memory_order_release);
+}
+
+}  // namespace
+
+void backward(const BackwardCall& call) { Backward(call).run(); }
+
+}  // namespace anymask::cpu
