@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 
 from anymask import _tensors
 from anymask._library import check, library
@@ -285,62 +286,71 @@ def _backward_fake(dout, dlse, q, k, v, *rest):  # type: ignore[no-untyped-def]
 # ---- autograd -----------------------------------------------------------------------------------
 
 
-def _setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    q, k, v, mask_arrays, mask_spec, plan, scale, deterministic = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, plan, *mask_arrays)
-    ctx.mask_spec = mask_spec
-    ctx.scale = scale
-    ctx.deterministic = deterministic
-    ctx.set_materialize_grads(False)
-
-
-def _gradient(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-    q, k, v, out, lse, plan, *mask_arrays = ctx.saved_tensors
-    rest = ([None] * len(mask_arrays), None, None, None, None)
-    if dout is None and dlse is None:
-        return (None, None, None, *rest)
-    gradients = torch.ops.anymask.backward(
-        dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
-        ctx.deterministic,
-    )  # fmt: skip
-    return (*gradients, *rest)
-
-
-torch.library.register_autograd("anymask::forward", _gradient, setup_context=_setup, lib=_lib)
-
-
-def _no_setup(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    pass
-
-
-def _no_gradient(ctx, *gradients):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("anymask::backward: second derivatives are not available")
-
-
-torch.library.register_autograd(
-    "anymask::backward", _no_gradient, setup_context=_no_setup, lib=_lib
-)
-
-
-class _Transformed(torch.autograd.Function):
-    """anymask::forward inside torch.func transforms, which register_autograd does not serve."""
+class _Attention(torch.autograd.Function):
+    """The derivative of anymask::forward, under torch.func's transforms too."""
 
     @staticmethod
-    def forward(q, k, v, arrays, spec, plan, scale, deterministic):  # type: ignore[no-untyped-def]
-        return torch.ops.anymask.forward(q, k, v, arrays, spec, plan, scale, deterministic)
+    def forward(q, k, v, mask_arrays, mask_spec, plan, scale, deterministic):  # type: ignore
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.anymask.forward(
+                q, k, v, mask_arrays, mask_spec, plan, scale, deterministic
+            )
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        _setup(ctx, inputs, output)
+        q, k, v, mask_arrays, mask_spec, plan, scale, deterministic = inputs
+        out, lse = output
+        ctx.save_for_backward(q, k, v, out, lse, plan, *mask_arrays)
+        ctx.mask_spec = mask_spec
+        ctx.scale = scale
+        ctx.deterministic = deterministic
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-        return (*_gradient(ctx, dout, dlse)[:3], None, None, None, None, None)
+        q, k, v, out, lse, plan, *mask_arrays = ctx.saved_tensors
+        if dout is None and dlse is None:
+            return (None,) * 8
+        gradients = torch.ops.anymask.backward(
+            dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
+            ctx.deterministic,
+        )  # fmt: skip
+        return (*gradients, None, None, None, None, None)
+
+
+class _Gradient(torch.autograd.Function):
+    """anymask::backward, which has no derivative: says so instead of dropping terms."""
 
     @staticmethod
-    def vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
-        return _slices(_Transformed.apply, info, in_dims, inputs)
+    def forward(*inputs):  # type: ignore[no-untyped-def]
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.anymask.backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, *gradients):  # type: ignore[no-untyped-def]
+        raise NotImplementedError("anymask.attention: second derivatives are not available")
+
+
+def _with_autograd(function: type) -> Any:
+    # An autograd kernel runs at one level of torch.func's transforms at a time, so the single-level
+    # apply is the right one here: Function.apply would start all levels over.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def kernel(*inputs):  # type: ignore[no-untyped-def]
+        if not torch.is_grad_enabled():
+            return function.forward(*inputs)  # type: ignore[attr-defined]
+        with enable_single_level_autograd_function():
+            return apply(*inputs)
+
+    return kernel
+
+
+_lib.impl("forward", _with_autograd(_Attention), "Autograd")
+_lib.impl("backward", _with_autograd(_Gradient), "Autograd")
 
 
 def _slices(function, info, in_dims, inputs):  # type: ignore[no-untyped-def]
@@ -357,6 +367,11 @@ def _slices(function, info, in_dims, inputs):  # type: ignore[no-untyped-def]
     ]
     stacked = tuple(torch.stack(parts) for parts in zip(*results))
     return stacked, (0,) * len(stacked)
+
+
+@torch.library.register_vmap("anymask::forward", lib=_lib)
+def _forward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
+    return _slices(torch.ops.anymask.forward, info, in_dims, inputs)
 
 
 @torch.library.register_vmap("anymask::backward", lib=_lib)
@@ -423,7 +438,4 @@ def attention(
         buffer = torch.ops.anymask.plan(arrays, mask.spec, sizes, q.dtype, q.device)
     else:
         buffer = None
-    forward = torch.ops.anymask.forward
-    if torch._C._are_functorch_transforms_active():
-        forward = _Transformed.apply
-    return forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)
+    return torch.ops.anymask.forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)

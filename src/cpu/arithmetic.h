@@ -97,13 +97,13 @@ ANYMASK_INLINE void clear(Block<Math, M, N>& acc) {
   }
 }
 template <class Math, int M, int N>
-ANYMASK_INLINE void load_block(Block<Math, M, N>& acc, const typename Math::T* from,
-                               int64_t stride) {
+ANYMASK_INLINE void add_block(Block<Math, M, N>& acc, const typename Math::T* from,
+                              int64_t stride) {
   ANYMASK_UNROLL
   for (int m = 0; m < M; ++m) {
     ANYMASK_UNROLL
     for (int n = 0; n < N; ++n) {
-      acc.at[m][n] = load<typename Math::Vec>(from + m * stride + n * kLanesOf<Math>);
+      acc.at[m][n] += load<typename Math::Vec>(from + m * stride + n * kLanesOf<Math>);
     }
   }
 }

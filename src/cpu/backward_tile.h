@@ -205,12 +205,13 @@ struct AddTransposed {
     constexpr int kDepth = kGroupRows / Math::kPair;
     constexpr int64_t kItem = sizeof(Item);
     Block<Math, M, N> acc;
-    load_block(acc, to + key * to_stride, to_stride);
+    clear(acc);
     for (int g = 0; g < units.groups; ++g) {
       if (units.state[g][strip] == 0) continue;
       multiply(acc, p + static_cast<int64_t>(g) * kDepth * kStrip<Math> + key, kItem,
                kStrip<Math> * kItem, b + g * kDepth * b_stride, b_stride, kDepth);
     }
+    add_block(acc, to + key * to_stride, to_stride);
     store_block(acc, to + key * to_stride, to_stride);
   }
 };

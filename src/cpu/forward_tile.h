@@ -121,14 +121,19 @@ struct AddValues {
   ANYMASK_INLINE void run(int d) const {
     Block<Math, M, N> acc;
     typename Math::T* to = out + static_cast<int64_t>(d) * kStrip<Math>;
-    load_block(acc, to, kStrip<Math>);
+    clear(acc);
+    constexpr int64_t kItem = sizeof(typename Math::Item);
+    multiply(acc, v + d * kItem, kItem, v_step, p, kStrip<Math>, depth);
+    // The tile's sum is made on its own and then added: the rounding error grows with the square
+    // root of the number of tiles, not of keys.
     ANYMASK_UNROLL
     for (int m = 0; m < M; ++m) {
       ANYMASK_UNROLL
-      for (int n = 0; n < N; ++n) acc.at[m][n] = acc.at[m][n] * keep[n];
+      for (int n = 0; n < N; ++n) {
+        const Vec older = load<Vec>(to + m * kStrip<Math> + n * kLanesOf<Math>);
+        acc.at[m][n] = older * keep[n] + acc.at[m][n];
+      }
     }
-    constexpr int64_t kItem = sizeof(typename Math::Item);
-    multiply(acc, v + d * kItem, kItem, v_step, p, kStrip<Math>, depth);
     store_block(acc, to, kStrip<Math>);
   }
 };

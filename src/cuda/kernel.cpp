@@ -142,6 +142,10 @@ CachedKernel kernel_code(const KernelConfig& config, int capability) {
   return built;
 }
 
+CachedKernel build_kernel(const KernelConfig& config, int capability) {
+  return Unit(config, capability).build(config);
+}
+
 CachedKernel ship_kernel(const KernelConfig& config, int capability, const CacheFolder& folder) {
   const Unit unit(config, capability);
   CachedKernel built = unit.build(config);

@@ -8,6 +8,7 @@
 #include <array>
 #include <compare>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -86,11 +87,17 @@ std::string kernel_title(const KernelConfig& config);
 // the user cache. Needs no GPU.
 CachedKernel kernel_code(const KernelConfig& config, int capability);
 
+// Compiles a variant, whatever the caches hold.
+CachedKernel build_kernel(const KernelConfig& config, int capability);
+
 // Compiles a variant and puts it into a package layer that is being made.
 CachedKernel ship_kernel(const KernelConfig& config, int capability, const CacheFolder& folder);
 
-// Every variant that a release ships compiled (registry.cpp): what `warmup` and the kernel check
-// walk through.
+// Every variant that a release ships compiled (registry.cpp).
 std::vector<KernelConfig> registered_kernels();
+
+// Calls `action` with each of them, on as many threads as there are cores; then throws the last
+// exception that one of them threw, if any.
+void for_each_kernel(const std::function<void(const KernelConfig&)>& action);
 
 }  // namespace anymask::cuda

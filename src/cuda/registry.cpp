@@ -1,4 +1,10 @@
 // The list of kernels that a release ships compiled. A new kernel adds its own list here.
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <mutex>
+#include <thread>
+
 #include "cuda/kernel.h"
 #include "cuda/plan.h"
 
@@ -6,11 +12,31 @@ namespace anymask::cuda {
 
 std::vector<KernelConfig> registered_kernels() {
   std::vector<KernelConfig> all;
-  const auto add = [&all](const std::vector<KernelConfig>& some) {
-    all.insert(all.end(), some.begin(), some.end());
-  };
-  add(plan_kernels());
+  for (const auto& list : {plan_kernels()}) all.insert(all.end(), list.begin(), list.end());
   return all;
+}
+
+void for_each_kernel(const std::function<void(const KernelConfig&)>& action) {
+  const std::vector<KernelConfig> all = registered_kernels();
+  std::atomic<size_t> next{0};
+  std::exception_ptr failure;
+  std::mutex mutex;
+  const auto work = [&] {
+    for (size_t i = next++; i < all.size(); i = next++) {
+      try {
+        action(all[i]);
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        failure = std::current_exception();
+      }
+    }
+  };
+  std::vector<std::thread> threads;
+  const size_t cores = std::max(1u, std::thread::hardware_concurrency());
+  for (size_t i = 1; i < std::min(cores, all.size()); ++i) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace anymask::cuda

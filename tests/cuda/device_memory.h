@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "cuda/driver.h"
-#include "rules/program.h"
 
 namespace anymask::cuda {
 
@@ -47,37 +46,17 @@ class DeviceMemory {
   size_t bytes_;
 };
 
-// Host arrays that a program's leaves point to, and their copies on the device.
-class Arrays {
+// Keeps device copies of host arrays.
+class DeviceCopies {
  public:
-  template <typename T>
-  const T* add(std::vector<T> values) {
-    std::vector<char>& bytes = host_.emplace_back(
-        reinterpret_cast<const char*>(values.data()),
-        reinterpret_cast<const char*>(values.data() + values.size()));
-    return reinterpret_cast<const T*>(bytes.data());
-  }
-
-  rules::Program to_device(rules::Program program) {
-    for (int i = 0; i < program.count; ++i) {
-      move(program.nodes[i].rows);
-      move(program.nodes[i].columns);
-    }
-    return program;
+  const void* add(const std::vector<char>& bytes) {
+    const DeviceMemory& copy = all_.emplace_back(bytes.size());
+    copy.put(bytes.data());
+    return copy.data();
   }
 
  private:
-  void move(rules::Array& array) {
-    for (const std::vector<char>& bytes : host_) {
-      if (bytes.data() != array.data) continue;
-      device_.emplace_back(bytes.size()).put(bytes.data());
-      array.data = device_.back().data();
-      return;
-    }
-  }
-
-  std::vector<std::vector<char>> host_;
-  std::vector<DeviceMemory> device_;
+  std::vector<DeviceMemory> all_;
 };
 
 #define ANYMASK_NEEDS_GPU()                                                   \

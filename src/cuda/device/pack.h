@@ -29,7 +29,6 @@ struct Element<8> {
 template <typename T>
 inline uint32_t pack_column(const T* first, int64_t row_stride, int rows, int sign_bits) {
   uint32_t word = 0;
-#pragma unroll
   for (int r = 0; r < 32; ++r) {
     const T element = r < rows ? first[r * row_stride] : T{0};
     word |= static_cast<uint32_t>(static_cast<T>(element << sign_bits) != 0) << r;
@@ -41,10 +40,8 @@ inline uint32_t pack_column(const T* first, int64_t row_stride, int rows, int si
 // collects eight rows in each byte, and the four bytes of a column then sit in four registers.
 inline void pack_quad(const uint8_t* first, int64_t row_stride, int rows, uint32_t* words) {
   uint32_t eights[4];
-#pragma unroll
   for (int part = 0; part < 4; ++part) {
     uint32_t collected = 0;
-#pragma unroll
     for (int r = 8 * part; r < 8 * part + 8; ++r) {
       const uint32_t four =
           r < rows ? *reinterpret_cast<const uint32_t*>(first + r * row_stride) : 0u;
@@ -53,7 +50,6 @@ inline void pack_quad(const uint8_t* first, int64_t row_stride, int rows, uint32
     }
     eights[part] = collected;
   }
-#pragma unroll
   for (int column = 0; column < 4; ++column) {
     const uint32_t low = __byte_perm(eights[0], eights[1], column | (column + 4) << 4);
     const uint32_t high = __byte_perm(eights[2], eights[3], column | (column + 4) << 4);

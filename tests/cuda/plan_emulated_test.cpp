@@ -1,0 +1,48 @@
+// The plan's kernels, run on the CPU thread by thread. Needs no GPU.
+#include "cuda/emulator.h"
+//
+#include "cuda/device/pack.h"
+#include "cuda/device/plan.h"
+#include "cuda/plan.h"
+#include "cuda/plan_cases.h"
+
+namespace anymask::cuda {
+namespace {
+
+std::function<void()> body_of(const PlanStep& step) {
+  if (const auto* classified = std::get_if<ClassifyParams>(&step.params)) {
+    return [classified] { classify(*classified); };
+  }
+  if (const auto* packed = std::get_if<PackParams>(&step.params)) {
+    const bool quads = step.config.values[1] != 0;
+    switch (step.config.values[0]) {
+      case 1:
+        if (quads) return [packed] { pack<PackConfig{1, true}>(*packed); };
+        return [packed] { pack<PackConfig{1, false}>(*packed); };
+      case 2: return [packed] { pack<PackConfig{2, false}>(*packed); };
+      case 4: return [packed] { pack<PackConfig{4, false}>(*packed); };
+      default: return [packed] { pack<PackConfig{8, false}>(*packed); };
+    }
+  }
+  const auto* order = std::get_if<OrderParams>(&step.params);
+  if (std::string(step.config.family->name) == "plan_count") {
+    return [order] { count_tiles(*order); };
+  }
+  return [order] { order_tiles(*order); };
+}
+
+TEST(PlanEmulated, MatchesPlanOnCpu) {
+  std::vector<char> buffer;
+  check_all_plans([&buffer](Masks& masks, const plan::TileShapes& shapes) {
+    const Program& program = masks.program;
+    buffer.assign(static_cast<size_t>(plan::bytes_needed(program, shapes)), char(0xa5));
+    const plan::Plan plan = plan::view(program, shapes, buffer.data());
+    for (const PlanStep& step : plan_steps(program, plan)) {
+      emulate(step.grid.x, step.config.threads, body_of(step));
+    }
+    return BuiltPlan{buffer, plan, buffer.data()};
+  });
+}
+
+}  // namespace
+}  // namespace anymask::cuda

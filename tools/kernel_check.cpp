@@ -1,0 +1,128 @@
+// Compiles every registered GPU kernel as the library does at run time, without a GPU, and fails
+// when the machine code is not what it must be: spills, compiler advisories that cost speed, or a
+// matrix kernel without wgmma and bulk tensor copies. Also compiles each embedded header by itself.
+//
+//   kernel_check [--libraries FOLDER]... [--ship FOLDER] [--verbose]
+//
+// --libraries: a folder to find NVRTC in, such as site-packages (also: ANYMASK_NVRTC).
+// --ship: put the compiled kernels there, as the cache layer that goes into the package.
+#include <cstdio>
+#include <exception>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "cuda/kernel.h"
+#include "machine_code.h"
+
+namespace {
+
+using namespace anymask::cuda;
+using anymask::tools::count_instructions;
+using anymask::tools::InstructionCounts;
+
+constexpr int kCapability = 90;
+
+struct Options {
+  std::string ship;
+  bool verbose = false;
+};
+
+std::vector<std::string> faults_of(const KernelConfig& config, const CompileReport& report,
+                                   const InstructionCounts& counts) {
+  std::vector<std::string> faults = report.advisories;
+  if (report.spill_store_bytes + report.spill_load_bytes > 0) {
+    faults.push_back("spills " + std::to_string(report.spill_store_bytes) + " bytes out, " +
+                     std::to_string(report.spill_load_bytes) + " bytes in");
+  }
+  if (counts.local > 0) {
+    faults.push_back(std::to_string(counts.local) + " accesses to local memory");
+  }
+  if (config.family->matrix && counts.matrix == 0) faults.push_back("no wgmma (HGMMA)");
+  if (config.family->matrix && counts.tensor_load == 0) {
+    faults.push_back("no bulk tensor copy (UTMALDG)");
+  }
+  return faults;
+}
+
+// Each header must compile without what another one happened to include before it.
+int check_headers() {
+  int failures = 0;
+  for (const SourceFile& header : embedded_sources()) {
+    try {
+      compile(std::string("check of ") + header.name, std::string("#include \"") + header.name + "\"\n",
+              source_closure(header.name), compile_options(kCapability));
+    } catch (const std::exception& error) {
+      std::printf("%s: %s\n", header.name, error.what());
+      ++failures;
+    }
+  }
+  std::printf("%zu headers compiled by themselves, %d failed\n", embedded_sources().size(),
+              failures);
+  return failures;
+}
+
+int check_kernels(const Options& options) {
+  int failures = 0;
+  std::mutex mutex;
+  std::printf("%-52s %9s %6s %6s %6s %6s %6s\n", "kernel", "registers", "stack", "bytes", "wgmma",
+              "copies", "local");
+  const auto check_one = [&](const KernelConfig& config) {
+    std::vector<std::string> faults;
+    CompileReport report;
+    InstructionCounts counts;
+    CachedKernel built;
+    try {
+      built = options.ship.empty() ? build_kernel(config, kCapability)
+                                   : ship_kernel(config, kCapability, CacheFolder(options.ship));
+      report = read_compile_log(built.code.log);
+      counts = count_instructions(built.code.cubin, kKernelEntry);
+      faults = faults_of(config, report, counts);
+    } catch (const std::exception& error) {
+      faults.push_back(error.what());
+    }
+    const std::lock_guard lock(mutex);
+    std::printf("%-52s %9d %6d %6d %6d %6d %6d\n", kernel_title(config).c_str(), report.registers,
+                report.stack_bytes, 16 * counts.all, counts.matrix, counts.tensor_load,
+                counts.local);
+    for (const std::string& fault : faults) std::printf("  FAILS: %s\n", fault.c_str());
+    if (options.verbose) std::printf("%s\n", built.code.log.c_str());
+    failures += faults.empty() ? 0 : 1;
+  };
+  for_each_kernel(check_one);
+  return failures;
+}
+
+int run(int argc, char** argv) {
+  Options options;
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument == "--verbose") {
+      options.verbose = true;
+    } else if (argument == "--libraries" && i + 1 < argc) {
+      add_library_folder(argv[++i]);
+    } else if (argument == "--ship" && i + 1 < argc) {
+      options.ship = argv[++i];
+    } else {
+      std::fprintf(stderr, "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--verbose]\n");
+      return 2;
+    }
+  }
+  const CompilerInfo compiler = compiler_info();
+  std::printf("NVRTC %d.%d, %s\n", compiler.version / 1000, compiler.version % 1000,
+              compiler.path.c_str());
+  const int failures = check_headers() + check_kernels(options);
+  std::printf(failures == 0 ? "all good\n" : "%d failed\n", failures);
+  return failures == 0 ? 0 : 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    return run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 1;
+  }
+}
