@@ -81,6 +81,7 @@ void check_out_and_lse(const Tensor& out, const Tensor& lse, const Problem& p, R
   check_rows("out", out);
   check_like("lse", lse, {p.batch, p.q_heads, p.q_len}, "[batch, q_heads, q_len]",
              p.dtype == DType::f64 ? DType::f64 : DType::f32, p.device, role);
+  check_rows("lse", lse);
 }
 
 }  // namespace
@@ -155,6 +156,7 @@ void check_backward(const BackwardArgs& args, const Problem& p) {
   if (args.dlse.given()) {
     check_like("dlse", args.dlse, {p.batch, p.q_heads, p.q_len}, "the shape of lse", args.lse.dtype,
                p.device, Role::input);
+    check_rows("dlse", args.dlse);
   }
   const auto gradient = [&](const char* name, const Tensor& tensor, int64_t length, int64_t heads,
                             int64_t head_dim, const char* meaning) {

@@ -35,6 +35,7 @@ static_assert(ANYMASK_DENSE == code(MaskKind::dense) && ANYMASK_IDS == code(Mask
 static_assert(ANYMASK_NOT == code(MaskKind::logical_not));
 static_assert(ANYMASK_AND == code(MaskKind::logical_and));
 static_assert(ANYMASK_OR == code(MaskKind::logical_or));
+static_assert(ANYMASK_REORDERED == code(MaskKind::reordered));
 
 anymask_problem small_problem() {
   anymask_problem problem{};

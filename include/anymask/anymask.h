@@ -60,6 +60,7 @@ enum { /* kind of a mask node; how each uses left, right and arrays */
        ANYMASK_NOT = 100,
        ANYMASK_AND = 101,
        ANYMASK_OR = 102,
+  ANYMASK_REORDERED = 103, /* the operand, with the hint that its keys are scattered */
 };
 
 /* A view: strides in elements. ndim == 0 stands for "none". */

@@ -22,6 +22,7 @@ enum class MaskKind : int32_t {
   logical_not = 100,
   logical_and,
   logical_or,
+  reordered,
 };
 
 // One node of a mask in postfix order. What `left`, `right` and `arrays` hold is the kind's own
@@ -48,6 +49,11 @@ class Mask {
   friend Mask operator&(const Mask& a, const Mask& b);
   friend Mask operator|(const Mask& a, const Mask& b);
   friend Mask operator~(const Mask& a);
+
+  // The same mask, with the hint that its keys are scattered (random eviction, dynamic masks): the
+  // plan drops the keys that nobody sees and brings those with similar first and last rows
+  // together, so that more tiles are skipped. Results do not change; costs a gather of k and v.
+  Mask reordered() const;
 
  private:
   std::vector<MaskNode> nodes_;

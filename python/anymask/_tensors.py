@@ -40,6 +40,8 @@ DTYPE_CODES = {
 _SHORT_NAMES = {"f32": "float32", "fp32": "float32", "f16": "float16", "fp16": "float16"}
 _SHORT_NAMES.update({"half": "float16", "bf16": "bfloat16", "f64": "float64", "fp64": "float64"})
 _PAD = {n: (1,) * n for n in range(5)}
+# Strides of a tensor without elements mean nothing, and frameworks say anything (often 0).
+_EMPTY_STRIDES = _PAD
 
 _torch_codes: dict[Any, int] = {}
 
@@ -96,12 +98,11 @@ def pack_torch(tensor: Any, name: str, pointer: int | None = None) -> bytes:
     else:
         raise TypeError(f"{name}: got a tensor on {device}, it must be on the CPU or a CUDA GPU")
     code = torch_code(tensor.dtype, name)
+    strides = tensor.stride() if address else _EMPTY_STRIDES[ndim]
     if ndim == 4:
-        return _TENSOR.pack(address, code, device_type, index, 4, *shape, *tensor.stride())
+        return _TENSOR.pack(address, code, device_type, index, 4, *shape, *strides)
     pad = _PAD[4 - ndim]
-    return _TENSOR.pack(
-        address, code, device_type, index, ndim, *shape, *pad, *tensor.stride(), *pad
-    )
+    return _TENSOR.pack(address, code, device_type, index, ndim, *shape, *pad, *strides, *pad)
 
 
 def pack_numpy(array: np.ndarray, name: str) -> bytes:
@@ -112,7 +113,7 @@ def pack_numpy(array: np.ndarray, name: str) -> bytes:
         raise TypeError(f"{name}: got element type {array.dtype}, which anymask does not know")
     if ndim > 4 or ndim == 0:
         raise ValueError(f"{name}: got {ndim} dimensions, 1 to 4 are possible")
-    strides = [stride // size for stride in array.strides]
+    strides = [stride // size for stride in array.strides] if array.size else _EMPTY_STRIDES[ndim]
     if any(stride % size for stride in array.strides):
         raise ValueError(f"{name}: got strides {array.strides} that split its elements")
     pad = _PAD[4 - ndim]

@@ -18,6 +18,7 @@ inline constexpr int kBlock = 8;
 #else
 inline constexpr int kBlock = 6;
 #endif
+inline constexpr int kUnroll = 2;
 inline constexpr int kVectors = 2;
 
 struct MathF32 {
@@ -73,16 +74,27 @@ ANYMASK_INLINE void multiply(Block<Math, M, N>& acc, const void* a_begin, int64_
                              int depth) {
   using Items = typename Math::Items;
   const char* a = static_cast<const char*>(a_begin);
-  for (int k = 0; k < depth; ++k) {
+  const auto step = [&](int u) {
     Items rows[N];
     ANYMASK_UNROLL
-    for (int n = 0; n < N; ++n) rows[n] = load<Items>(b + n * kLanesOf<Math>);
+    for (int n = 0; n < N; ++n) rows[n] = load<Items>(b + u * b_stride + n * kLanesOf<Math>);
     ANYMASK_UNROLL
     for (int m = 0; m < M; ++m) {
-      const Items x = splat<Items>(load_scalar<typename Math::Item>(a + m * step_m));
+      const Items x =
+          splat<Items>(load_scalar<typename Math::Item>(a + m * step_m + u * step_k));
       ANYMASK_UNROLL
       for (int n = 0; n < N; ++n) acc.at[m][n] = Math::multiply_add(x, rows[n], acc.at[m][n]);
     }
+  };
+  int k = 0;
+  for (; k + kUnroll <= depth; k += kUnroll) {
+    ANYMASK_UNROLL
+    for (int u = 0; u < kUnroll; ++u) step(u);
+    a += kUnroll * step_k;
+    b += kUnroll * b_stride;
+  }
+  for (; k < depth; ++k) {
+    step(0);
     a += step_k;
     b += b_stride;
   }

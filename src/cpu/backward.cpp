@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cpu/keys.h"
 #include "cpu/threads.h"
 #include "cpu/view.h"
 #include "cpu/words.h"
@@ -24,6 +25,8 @@ size_t line_up(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 // dq is summed in float. fp32 and fp64 sum in the caller's dq; bf16 and fp16 in this much memory at
 // most (or two key-value heads' worth, if that is more), handed from head to head.
 constexpr int64_t kSumBytes = int64_t{64} << 20;
+
+constexpr size_t kWordsBytes = kTileWords * sizeof(uint32_t);
 
 void wait_for(const std::atomic<int32_t>& counter, int32_t value) {
   for (int spins = 0; counter.load(std::memory_order_acquire) != value; ++spins) {
@@ -67,7 +70,7 @@ class Backward {
   bool own_sums_ = false;   // 16-bit types: dq is summed in sums_
   int64_t slots_ = 1;       // key-value heads whose sums fit into sums_
   Memory sums_, delta_, scratch_;
-  size_t kernel_bytes_ = 0, thread_bytes_ = 0;
+  size_t kernel_bytes_ = 0, k_bytes_ = 0, v_bytes_ = 0, thread_bytes_ = 0;
   std::vector<std::atomic<int32_t>> turns_;
 };
 
@@ -90,10 +93,12 @@ Backward::Backward(const BackwardCall& call)
       own_sums_(size_of(call.q.dtype) == 2),
       turns_(static_cast<size_t>(batch_ * q_heads_ * row_tiles_)) {
   delta_ = allocate(static_cast<size_t>(batch_ * q_heads_ * q_len_ * sum_size_));
-  kernel_bytes_ = line_up(
-      kernel_.scratch_bytes(static_cast<int>(tile_rows_), static_cast<int>(tile_keys_),
-                            static_cast<int>(head_dim_), static_cast<int>(v_head_dim_)));
-  thread_bytes_ = kernel_bytes_ + kTileWords * sizeof(uint32_t);
+  kernel_bytes_ =
+      line_up(kernel_.scratch_bytes(static_cast<int>(tile_rows_), static_cast<int>(tile_keys_),
+                                    static_cast<int>(head_dim_), static_cast<int>(v_head_dim_)));
+  k_bytes_ = line_up(gathered_bytes(call.k, tile_keys_));
+  v_bytes_ = line_up(gathered_bytes(call.v, tile_keys_));
+  thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_;
   scratch_ = allocate(thread_bytes_ * static_cast<size_t>(threads()));
   if (own_sums_) {
     const int64_t slot = std::max<int64_t>(1, group_ * q_len_ * head_dim_ * 4);
@@ -104,8 +109,7 @@ Backward::Backward(const BackwardCall& call)
 }
 
 void Backward::run() {
-  parallel_for(batch_ * q_heads_ * row_tiles_,
-               [&](int64_t task, int) { start_rows(task); });
+  parallel_for(batch_ * q_heads_ * row_tiles_, [&](int64_t task, int) { start_rows(task); });
   parallel_for(batch_ * kv_heads_ * key_tiles_,
                [&](int64_t task, int thread) { key_tile(task, thread); });
 }
@@ -118,8 +122,8 @@ void Backward::start_rows(int64_t task) {
   kernel_.delta(rows_in(call_.dout, b, row, h), rows_in(call_.out, b, row, h),
                 call_.dlse.given() ? element_at(call_.dlse, b, h, row) : nullptr, rows,
                 static_cast<int>(v_head_dim_), delta_at(b, h, row));
-  const bool blind = kv_len_ == 0 ||
-                     call_.rows.count[place_at(b, h) * call_.rows.outer_tiles + row_tile] == 0;
+  const bool blind =
+      kv_len_ == 0 || call_.rows.count[place_at(b, h) * call_.rows.outer_tiles + row_tile] == 0;
   if (!blind) return;
   const size_t bytes = static_cast<size_t>(head_dim_ * size_of(call_.dq.dtype));
   for (int r = 0; r < rows; ++r) std::fill_n(row_at(call_.dq, b, row + r, h), bytes, char{0});
@@ -131,10 +135,16 @@ void Backward::key_tile(int64_t task, int thread) {
   char* scratch = static_cast<char*>(scratch_.get()) + thread_bytes_ * static_cast<size_t>(thread);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch + kernel_bytes_);
 
+  char* gathered_k = scratch + kernel_bytes_ + kWordsBytes;
+  char* gathered_v = gathered_k + k_bytes_;
+
   BackwardJob job{};
-  job.k = rows_in(call_.k, b, key, kv_head);
-  job.v = rows_in(call_.v, b, key, kv_head);
   job.keys = static_cast<int>(std::min(tile_keys_, kv_len_ - key));
+  const TileKeys keys{
+      call_.program, place_of(*call_.program, b, kv_head * group_, q_heads_), b, kv_head, key,
+      job.keys};
+  job.k = keys_in(call_.k, keys, gathered_k);
+  job.v = keys_in(call_.v, keys, gathered_v);
   job.tile_rows = static_cast<int>(tile_rows_);
   job.tile_keys = static_cast<int>(tile_keys_);
   job.head_dim = static_cast<int>(head_dim_);
@@ -146,25 +156,28 @@ void Backward::key_tile(int64_t task, int thread) {
     const rules::Place place = place_of(*call_.program, b, h, q_heads_);
     for_visible(call_.columns, place_index(*call_.program, place), tile,
                 [&](int64_t row_tile, bool some) {
-      const int64_t row = row_tile * tile_rows_;
-      RowTile rows{};
-      rows.q = rows_in(call_.q, b, row, h);
-      rows.dout = rows_in(call_.dout, b, row, h);
-      rows.lse = element_at(call_.lse, b, h, row);
-      rows.delta = delta_at(b, h, row);
-      rows.rows = rows_of(row_tile);
-      if (some) {
-        tile_words(*call_.program, place,
-                   {static_cast<int>(row), static_cast<int>(row) + rows.rows,
-                    static_cast<int>(key), static_cast<int>(key) + job.keys},
-                   words);
-        rows.words = {words, kWordsStride};
-      }
-      kernel_.tile(job, rows);
-      add_dq(job, b, h, row_tile, rows.rows, tile);
-    });
+                  const int64_t row = row_tile * tile_rows_;
+                  RowTile rows{};
+                  rows.q = rows_in(call_.q, b, row, h);
+                  rows.dout = rows_in(call_.dout, b, row, h);
+                  rows.lse = element_at(call_.lse, b, h, row);
+                  rows.delta = delta_at(b, h, row);
+                  rows.rows = rows_of(row_tile);
+                  if (some) {
+                    tile_words(*call_.program, place,
+                               {static_cast<int>(row), static_cast<int>(row) + rows.rows,
+                                static_cast<int>(key), static_cast<int>(key) + job.keys},
+                               words);
+                    rows.words = {words, kWordsStride};
+                  }
+                  kernel_.tile(job, rows);
+                  add_dq(job, b, h, row_tile, rows.rows, tile);
+                });
   }
-  kernel_.end(job, rows_out(call_.dk, b, key, kv_head), rows_out(call_.dv, b, key, kv_head));
+  // The tile's own keys and values are no longer needed: their buffers take dk and dv.
+  kernel_.end(job, keys_out(call_.dk, keys, gathered_k), keys_out(call_.dv, keys, gathered_v));
+  scatter_keys(call_.dk, keys, gathered_k);
+  scatter_keys(call_.dv, keys, gathered_v);
 }
 
 void Backward::add_dq(const BackwardJob& job, int64_t b, int64_t h, int64_t row_tile, int rows,

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "cpu/backend.h"
+#include "cpu/keys.h"
 #include "cpu/threads.h"
 #include "cpu/view.h"
 #include "cpu/words.h"
@@ -10,7 +11,8 @@
 namespace anymask::cpu {
 namespace {
 
-// Where a thread's next task starts looking for memory: sizes rounded so that threads share no line.
+// Where a thread's next task starts looking for memory: sizes rounded so that threads share no
+// line.
 size_t line_up(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 }  // namespace
@@ -32,14 +34,19 @@ void forward(const ForwardCall& call) {
   shape.head_dim = static_cast<int>(q.shape[3]);
   shape.v_head_dim = static_cast<int>(call.v.shape[3]);
   shape.scale = call.scale;
-  const size_t kernel_bytes = line_up(kernel.scratch_bytes(shape.tile_rows, shape.tile_keys,
-                                                           shape.head_dim, shape.v_head_dim));
-  const size_t thread_bytes = kernel_bytes + kTileWords * sizeof(uint32_t);
+  const size_t kernel_bytes = line_up(
+      kernel.scratch_bytes(shape.tile_rows, shape.tile_keys, shape.head_dim, shape.v_head_dim));
+  const size_t words_bytes = kTileWords * sizeof(uint32_t);
+  const size_t k_bytes = line_up(gathered_bytes(call.k, shape.tile_keys));
+  const size_t v_bytes = line_up(gathered_bytes(call.v, shape.tile_keys));
+  const size_t thread_bytes = kernel_bytes + words_bytes + k_bytes + v_bytes;
   const Memory memory = allocate(thread_bytes * static_cast<size_t>(threads()));
 
   parallel_for(tasks, [&](int64_t task, int thread) {
     char* scratch = static_cast<char*>(memory.get()) + thread_bytes * static_cast<size_t>(thread);
     uint32_t* words = reinterpret_cast<uint32_t*>(scratch + kernel_bytes);
+    char* gathered_k = scratch + kernel_bytes + words_bytes;
+    char* gathered_v = gathered_k + k_bytes;
     const int64_t b = task / (q_heads * tiles), h = task / tiles % q_heads;
     const rules::Place place = place_of(*call.program, b, h, q_heads);
     const int64_t at = place_index(*call.program, place);
@@ -54,9 +61,10 @@ void forward(const ForwardCall& call) {
     for_visible(map, at, tile, [&](int64_t key_tile, bool some) {
       const int64_t key = key_tile * map.shape.columns;
       KeyTile keys{};
-      keys.k = rows_in(call.k, b, key, h / group);
-      keys.v = rows_in(call.v, b, key, h / group);
       keys.keys = static_cast<int>(std::min<int64_t>(map.shape.columns, kv_len - key));
+      const TileKeys from{call.program, place, b, h / group, key, keys.keys};
+      keys.k = keys_in(call.k, from, gathered_k);
+      keys.v = keys_in(call.v, from, gathered_v);
       if (some) {
         tile_words(*call.program, place,
                    {static_cast<int>(row), static_cast<int>(row) + job.rows, static_cast<int>(key),

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <vector>
 
+#include "cpu/key_order.h"
 #include "cpu/threads.h"
 #include "rules/evaluate.h"
 
@@ -221,6 +222,12 @@ void build_plan(const Program& lowered, const plan::Plan& plan) {
     if (lowered.nodes[i].op == rules::Op::kDense) {
       pack_dense(lowered, lowered.nodes[i], plan.program.nodes[i]);
     }
+  }
+  if (plan.program.key_order != nullptr) {
+    Program unordered = plan.program;
+    unordered.key_order = nullptr;
+    order_keys(unordered, plan.forward_rows.shape.columns,
+               const_cast<int32_t*>(plan.program.key_order));
   }
   build_row_map(plan.program, plan.forward_rows);
   count_and_order(plan.program, plan.forward_rows);

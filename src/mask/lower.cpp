@@ -66,6 +66,9 @@ class Lowering {
       set_divisor(node.columns);
       program_.nodes[program_.count++] = node;
     }
+    // A kv head's keys have one order, so mask heads that share a kv head share it too.
+    program_.order_divisor =
+        program_.heads / static_cast<int32_t>(std::gcd(problem_.kv_heads, program_.heads));
     return program_;
   }
 
@@ -85,6 +88,7 @@ class Lowering {
     };
     at_least("batch", problem_.batch, 0);
     at_least("q_heads", problem_.q_heads, 1);
+    at_least("kv_heads", problem_.kv_heads, 1);
     at_least("q_len", problem_.q_len, 0);
     at_least("kv_len", problem_.kv_len, 0);
     if (problem_.q_len >= kMaxLength || problem_.kv_len >= kMaxLength) {
@@ -140,6 +144,10 @@ class Lowering {
       case MaskKind::logical_not:
         if (stack.empty()) throw InvalidValue("mask: ~ without an operand before it");
         stack.back().nodes.push_back(Node{.op = Op::kNot});
+        return;
+      case MaskKind::reordered:
+        if (stack.empty()) throw InvalidValue("mask: reordered without an operand before it");
+        program_.reorder_keys = 1;
         return;
       case MaskKind::logical_and:
         return join(stack, Op::kAnd);

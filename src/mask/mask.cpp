@@ -68,6 +68,12 @@ Mask operator~(const Mask& a) {
   return Mask(std::move(nodes));
 }
 
+Mask Mask::reordered() const {
+  std::vector<MaskNode> nodes = nodes_;
+  nodes.emplace_back().kind = MaskKind::reordered;
+  return Mask(std::move(nodes));
+}
+
 Mask full() { return leaf(MaskKind::full); }
 Mask causal() { return leaf(MaskKind::causal); }
 Mask sliding_window(int64_t left, int64_t right) {

@@ -62,6 +62,10 @@ Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shap
   plan.backward_rows =
       shared ? plan.forward_rows : carve_map(carver, lowered, shapes.backward, true);
   plan.backward_columns = carve_map(carver, lowered, shapes.backward, false);
+  if (lowered.reorder_keys != 0) {
+    plan.program.key_order =
+        carver.take<int32_t>(places(lowered) / lowered.order_divisor * lowered.kv_len);
+  }
   for (int32_t i = 0; i < lowered.count; ++i) {
     if (lowered.nodes[i].op == rules::Op::kDense) {
       plan.program.nodes[i] = carve_bits(carver, lowered, lowered.nodes[i]);

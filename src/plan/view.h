@@ -7,7 +7,7 @@
 namespace anymask::plan {
 
 struct Plan {
-  rules::Program program;  // dense leaves replaced by their packed words in the buffer
+  rules::Program program;  // dense leaves replaced by their packed words; key order set
   TileMap forward_rows;    // in the forward tile shape
   TileMap backward_rows;   // in the backward tile shape; the same memory if the shapes agree
   TileMap backward_columns;

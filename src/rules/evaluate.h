@@ -27,7 +27,16 @@ struct Stack {
 };
 static_assert(kMaxDepth == 5);
 
-ANYMASK_RULE TileClass tile_class(const Program& program, Place place, const Tile& tile) {
+// The caller's key at a position of the plan.
+ANYMASK_RULE int key_at(const Program& program, Place place, int position) {
+  if (program.key_order == nullptr) return position;
+  const int64_t row = int64_t{place.batch} * (program.heads / program.order_divisor) +
+                      place.head / program.order_divisor;
+  return program.key_order[row * program.kv_len + position];
+}
+
+// The class of a tile of the caller's keys.
+ANYMASK_RULE TileClass key_class(const Program& program, Place place, const Tile& tile) {
   Stack stack;
   for (int i = 0; i < program.count; ++i) {
     const Node& node = program.nodes[i];
@@ -49,9 +58,23 @@ ANYMASK_RULE TileClass tile_class(const Program& program, Place place, const Til
   return stack.top;
 }
 
-// Which of the rows [first_row, first_row + 32) may see `column`. first_row: a multiple of 32
-// below q_len; 0 <= column < kv_len. Bits of rows from q_len on are arbitrary.
-ANYMASK_RULE uint32_t column_word(const Program& program, Place place, int column, int first_row) {
+// The class of a tile of the plan. Reordered keys are no range: each is asked about on its own.
+ANYMASK_RULE TileClass tile_class(const Program& program, Place place, const Tile& tile) {
+  if (program.key_order == nullptr) return key_class(program, place, tile);
+  TileClass result = 0;
+  for (int position = tile.column_begin; position < tile.column_end && result != kSome;
+       ++position) {
+    const int key = key_at(program, place, position);
+    result |= key_class(program, place, {tile.row_begin, tile.row_end, key, key + 1});
+  }
+  return result;
+}
+
+// Which of the rows [first_row, first_row + 32) may see the key at `position`. first_row: a
+// multiple of 32 below q_len; 0 <= position < kv_len. Bits of rows from q_len on are arbitrary.
+ANYMASK_RULE uint32_t column_word(const Program& program, Place place, int position,
+                                  int first_row) {
+  const int key = key_at(program, place, position);
   Stack stack;
   for (int i = 0; i < program.count; ++i) {
     const Node& node = program.nodes[i];
@@ -66,7 +89,7 @@ ANYMASK_RULE uint32_t column_word(const Program& program, Place place, int colum
         stack.join(stack.top | stack.second);
         break;
       default:
-        stack.push(leaf_word(node, place, column, first_row, program.q_len));
+        stack.push(leaf_word(node, place, key, first_row, program.q_len));
         break;
     }
   }

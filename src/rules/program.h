@@ -59,6 +59,11 @@ struct Program {
   int32_t heads = 1;    // mask heads: a divisor of the query heads
   int32_t q_len = 0;
   int32_t kv_len = 0;
+  int32_t reorder_keys = 0;   // the plan shall bring keys of similar columns together
+  int32_t order_divisor = 1;  // mask head -> head of key_order
+  // [batches][heads / order_divisor][kv_len]: position in the plan -> key of the caller; nullptr:
+  // keys stay as they come.
+  const int32_t* key_order = nullptr;
   Node nodes[kMaxNodes] = {};
 };
 
@@ -68,8 +73,8 @@ struct Place {
   int head;
 };
 
-// A tile of rows [row_begin, row_end) x columns [column_begin, column_end), not empty, inside
-// [0, q_len) x [0, kv_len).
+// A tile of rows [row_begin, row_end) x columns (positions, where keys are reordered)
+// [column_begin, column_end), not empty, inside [0, q_len) x [0, kv_len).
 struct Tile {
   int row_begin;
   int row_end;

@@ -1,6 +1,10 @@
 // Plans built on the GPU. Skipped without one.
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 
+#include <thread>
+
+#include "anymask/error.hpp"
 #include "cuda/device_memory.h"
 #include "cuda/plan.h"
 #include "cuda/plan_cases.h"
@@ -10,7 +14,7 @@ namespace {
 
 TEST(PlanOnGpu, MatchesPlanOnCpu) {
   ANYMASK_NEEDS_GPU();
-  check_all_plans([](Masks& masks, const plan::TileShapes& shapes) {
+  check_plans(/*quickly=*/false, [](Masks& masks, const plan::TileShapes& shapes) {
     DeviceCopies copies;
     const Program program = masks.arrays.moved(masks.program, [&](const std::vector<char>& bytes) {
       return copies.add(bytes);
@@ -21,6 +25,82 @@ TEST(PlanOnGpu, MatchesPlanOnCpu) {
     build_plan(program, plan, 0, nullptr);
     return BuiltPlan{buffer.get(), plan, buffer.data()};
   });
+}
+
+// Graph functions that the library itself has no use for.
+template <typename Function>
+Function driver_function(const char* name) {
+  return reinterpret_cast<Function>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), name));
+}
+
+// Run by itself, this also loads the kernels inside the capture.
+TEST(PlanOnGpu, IsCapturedInAGraphAndFollowsItsInputs) {
+  ANYMASK_NEEDS_GPU();
+  const auto create_stream = driver_function<CuResult (*)(CuStream*, uint32_t)>("cuStreamCreate");
+  const auto begin = driver_function<CuResult (*)(CuStream, int)>("cuStreamBeginCapture_v2");
+  const auto end = driver_function<CuResult (*)(CuStream, void**)>("cuStreamEndCapture");
+  const auto instantiate =
+      driver_function<CuResult (*)(void**, void*, uint64_t)>("cuGraphInstantiateWithFlags");
+  const auto replay = driver_function<CuResult (*)(void*, CuStream)>("cuGraphLaunch");
+
+  constexpr int kLength = 2000;
+  constexpr plan::TileShapes kShapes = {{128, 128}, {64, 128}};
+  std::vector<uint8_t> allowed(kLength * kLength, 0);
+  Program host{.count = 1, .q_len = kLength, .kv_len = kLength};
+  host.nodes[0] = Node{.op = Op::kDense};
+  host.nodes[0].columns = {.row_stride = kLength, .column_stride = 1, .bytes = 1};
+  Program program = host;
+  const DeviceMemory mask(allowed.size());
+  mask.put(allowed.data());
+  program.nodes[0].columns.data = mask.data();
+  host.nodes[0].columns.data = allowed.data();
+
+  const DeviceMemory buffer(static_cast<size_t>(plan::bytes_needed(program, kShapes)));
+  const plan::Plan plan = plan::view(program, kShapes, buffer.data());
+  CuStream stream = nullptr;
+  check(create_stream(&stream, 1), "cuStreamCreate");
+  void* graph = nullptr;
+  void* executable = nullptr;
+  check(begin(stream, 0), "cuStreamBeginCapture");
+  build_plan(program, plan, 0, stream);
+  check(end(stream, &graph), "cuStreamEndCapture");
+  check(instantiate(&executable, graph, 0), "cuGraphInstantiate");
+
+  Random random(5);
+  for (int round = 0; round < 3; ++round) {
+    for (size_t i = 0; i < allowed.size(); ++i) {
+      allowed[i] = i % 300 == 0 ? random.below(3) == 0 : allowed[i - 1];
+    }
+    mask.put(allowed.data());
+    buffer.poison();
+    check(driver().cuStreamSynchronize(nullptr), "cuStreamSynchronize");
+    check(replay(executable, stream), "cuGraphLaunch");
+    check(driver().cuStreamSynchronize(stream), "cuStreamSynchronize");
+    expect_same_plan(host, kShapes, BuiltPlan{buffer.get(), plan, buffer.data()});
+  }
+}
+
+TEST(KernelOnGpu, ManyThreadsAskAtOnce) {
+  ANYMASK_NEEDS_GPU();
+  for (const KernelConfig& config : plan_kernels()) {
+    std::vector<const Kernel*> answers(8, nullptr);
+    std::vector<std::thread> threads;
+    for (const Kernel*& answer : answers) {
+      threads.emplace_back([&answer, &config] { answer = &kernel(config, 0); });
+    }
+    for (std::thread& thread : threads) thread.join();
+    for (const Kernel* answer : answers) EXPECT_EQ(answer, answers[0]);
+    EXPECT_NE(answers[0]->handle, nullptr);
+  }
+}
+
+TEST(KernelOnGpu, AFailedLaunchIsReportedAndTheNextOneWorks) {
+  ANYMASK_NEEDS_GPU();
+  const Kernel& order = kernel(plan_kernels()[2], 0);
+  const OrderParams nothing{};
+  EXPECT_THROW(launch(order, Grid{0}, nullptr, nothing), RuntimeFailure);
+  EXPECT_NO_THROW(launch(order, Grid{1}, nullptr, nothing));
+  EXPECT_EQ(driver().cuStreamSynchronize(nullptr), kCuSuccess);
 }
 
 }  // namespace

@@ -46,7 +46,8 @@ def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
 
 
 def _text(x: float, y: float, text: str, anchor: str = "middle", kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+    place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{kind}" {place}>{escape(text)}</text>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> str:
@@ -96,9 +97,10 @@ def mask_pairs(classes: np.ndarray, cu_seqlens: np.ndarray, names: Sequence[str]
 
 def mask_tiles(classes: np.ndarray, length: int) -> str:
     """How the mask falls on tiles, one square a tile."""
-    grown = classes.repeat(8, axis=0).repeat(8, axis=1)
-    grown[::8] = 2  # a gap between squares
-    grown[:, ::8] = 2
+    size = max(8, 512 // len(classes))
+    grown = classes.repeat(size, axis=0).repeat(size, axis=1)
+    grown[::size] = 2  # a gap between squares
+    grown[:, ::size] = 2
     return _mask_frame(grown, _PALETTE, length, "the class of each tile", "")
 
 
@@ -161,7 +163,8 @@ def losses(torch: Sequence[float], anymask: Sequence[float]) -> str:
     count = round((high - low) / step)
     ticks = [(low + i * step, f"{low + i * step:.3g}") for i in range(count + 1)]
     titles = [
-        f"step {i + 1}: torch {a:.6f}, anymask {b:.6f}" for i, (a, b) in enumerate(zip(torch, anymask))
+        f"step {i + 1}: torch {a:.6f}, anymask {b:.6f}"
+        for i, (a, b) in enumerate(zip(torch, anymask))
     ]
     parts = [
         *axes.grid(ticks),

@@ -130,9 +130,20 @@ def train(config: Config) -> Iterator[dict]:
     optimizer = torch.optim.AdamW(
         model.parameters(), config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
     )
+    device_type = torch.device(config.device).type
     lower = config.dtype != "float32"
     make_attention = _ATTENTION[config.implementation]
     data = batches(config)
+
+    def loss_on(text: Tensor, ids: Tensor, attend: Attend) -> Tensor:
+        with torch.autocast(device_type, getattr(torch, config.dtype), enabled=lower):
+            return loss_of(model(text, attend), text, ids)
+
+    # Load code and start threads before anything is measured.
+    few = torch.zeros(1, 16, dtype=torch.long, device=config.device)
+    loss_on(few, few, make_attention(few.int(), config)).backward()
+    optimizer.zero_grad()
+
     memory = Memory(config.device)
     begin = _now(config)
     for step in range(config.steps):
@@ -140,9 +151,7 @@ def train(config: Config) -> Iterator[dict]:
         start = _now(config)
         attend = make_attention(ids, config)
         planned = _now(config)
-        device_type = torch.device(config.device).type
-        with torch.autocast(device_type, getattr(torch, config.dtype), enabled=lower):
-            loss = loss_of(model(text, attend), text, ids)
+        loss = loss_on(text, ids, attend)
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / _WARM_UP)

@@ -99,7 +99,7 @@ inline void fill_id_table(const ClassifyParams& params, rules::Place place, int 
   __syncthreads();
 }
 
-// The class of one column over the rows of a span. As rules::tile_class, but for ids.
+// The class of one key's column over the rows of a span. As rules::key_class, but for ids.
 inline rules::TileClass column_class(const rules::Program& program, rules::Place place,
                                      const rules::Tile& tile, const IdTable& table, int span) {
   rules::Stack stack;
@@ -167,9 +167,10 @@ inline TileWords classify_key_tile(const ClassifyParams& params, rules::Place pl
     const int row_begin = (first_tile + first) * params.shape.rows;
     const int row_end = rules::min_of(row_begin + span * params.shape.rows, program.q_len);
     rules::TileClass mine = 0;
-    for (int column = column_begin + static_cast<int>(threadIdx.x % 32);
-         column < column_end && mine != rules::kSome; column += 32) {
-      mine |= column_class(program, place, {row_begin, row_end, column, column + 1}, table,
+    for (int position = column_begin + static_cast<int>(threadIdx.x % 32);
+         position < column_end && mine != rules::kSome; position += 32) {
+      const int key = rules::key_at(program, place, position);
+      mine |= column_class(program, place, {row_begin, row_end, key, key + 1}, table,
                            span_index(first, span));
     }
     rules::TileClass found = __reduce_or_sync(kWholeWarp, mine);

@@ -34,6 +34,11 @@ __device__ __forceinline__ int uniform(int value) {
   return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(value)));
 }
 
+// Ones from bit `first` upwards; none from 32 on, all at 0 and below.
+__device__ __forceinline__ uint32_t ones_from(int first) {
+  return __funnelshift_lc(0u, 0xffffffffu, first < 0 ? 0 : first);
+}
+
 // The value that lane ^ `mask` holds.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

@@ -203,10 +203,15 @@ struct MathWarp {
 
   // exp2(score - top) in place, and its sum.
   __device__ __forceinline__ void exponentiate(int begin, int end) {
+    float top[2] = {rows.top[0], rows.top[1]};
+    if constexpr (C.overlap == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = __fmaf_rn(rows.sum[r], 0.0f, top[r]);
+    }
 #pragma unroll
     for (int i = 8 * begin; i < 8 * end; ++i) {
       const int r = (i / 2) % 2;
-      scores[i] = ptx::exp2_fast(scores[i] * p.scale_log2 - rows.top[r]);
+      scores[i] = ptx::exp2_fast(scores[i] * p.scale_log2 - top[r]);
       rows.sum[r] += scores[i];
     }
   }
@@ -225,11 +230,21 @@ struct MathWarp {
 
   // ---- tiles ----
 
+  __device__ __forceinline__ void take_turn() {
+    if constexpr (C.turns != 0) ptx::named_sync(1 + w, 256);
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if constexpr (C.turns != 0) ptx::named_arrive(1 + (w + 1) % C.warpgroups, 256);
+  }
+
   // Without overlap: three warpgroups keep the tensor cores busy by being in different places.
   __device__ __forceinline__ void plain_tile(const Ring<C.stages>& ring, const StripMask<C>& mask,
                                              bool started) {
+    take_turn();
     issue_scores(ring.slot);
+    if (C.turns == 2) pass_turn();
     ptx::wgmma_wait<0>();
+    if (C.turns == 1) pass_turn();
     ptx::pin(scores);
     arrive(shared.k_empty[ring.slot]);
     apply(mask);
@@ -249,13 +264,6 @@ struct MathWarp {
     ptx::pin(out);
     ptx::pin(weights);
     arrive(shared.v_empty[ring.slot]);
-  }
-
-  __device__ __forceinline__ void take_turn() {
-    if constexpr (C.turns != 0) ptx::named_sync(1 + w, 256);
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if constexpr (C.turns != 0) ptx::named_arrive(1 + (w + 1) % C.warpgroups, 256);
   }
 
   // With overlap: the first tile of a run only makes P.
@@ -390,10 +398,8 @@ struct MathWarp {
             started = true;
             pending = false;
           }
-          if constexpr (C.overlap != 0) {
-            take_turn();
-            pass_turn();
-          }
+          take_turn();
+          pass_turn();
           shared.v_full[ring.slot].wait(ring.parity);
           arrive(shared.k_empty[ring.slot]);
           arrive(shared.v_empty[ring.slot]);

@@ -19,6 +19,7 @@ struct ForwardConfig {
   int32_t overlap;      // 1: the next Q K^T runs under this tile's softmax (needs registers for P)
   int32_t turns;        // overlap only. 1: warpgroups take turns at issuing products
   int32_t pieces;       // without overlap: P V is issued in this many pieces, as P is made
+  int32_t machine;      // 1: mask bits by the postfix machine, for programs without a recipe
   int32_t math_registers;
   int32_t load_registers;
 
@@ -33,6 +34,48 @@ struct ForwardConfig {
 struct alignas(64) TensorMapBytes {
   uint64_t opaque[16];
 };
+
+// A program that is a conjunction of column runs (bands, intervals, segments, prefixes) and at most
+// one bitmap needs no postfix machine: per column, three runs of rows say all. Indices are of
+// program nodes, -1: none.
+struct RunRecipe {
+  int32_t usable;  // 0: the program needs a variant with the machine
+  int32_t band_lo, band_hi;  // of all bands together
+  int32_t intervals;
+  int32_t segments;
+  int32_t prefix;
+  int32_t bits;
+};
+
+// The recipe of `program`, where it has one. Host only.
+inline RunRecipe recipe_of(const rules::Program& program) {
+  using rules::Op;
+  constexpr int kFar = 1 << 30;
+  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1};
+  for (int i = 0; i < program.count; ++i) {
+    const rules::Node& node = program.nodes[i];
+    int32_t* slot = nullptr;
+    switch (node.op) {
+      case Op::kAnd:
+        continue;
+      case Op::kConstant:
+        if (node.flag == 0) recipe.band_hi = -kFar, recipe.band_lo = kFar;
+        continue;
+      case Op::kBand:
+        recipe.band_lo = rules::max_of(recipe.band_lo, node.lo);
+        recipe.band_hi = rules::min_of(recipe.band_hi, node.hi);
+        continue;
+      case Op::kIntervals: slot = &recipe.intervals; break;
+      case Op::kSegments: slot = &recipe.segments; break;
+      case Op::kPrefix: slot = &recipe.prefix; break;
+      case Op::kBits: slot = &recipe.bits; break;
+      default: break;
+    }
+    if (slot == nullptr || *slot >= 0) return RunRecipe{};
+    *slot = i;
+  }
+  return recipe;
+}
 
 struct ForwardParams {
   TensorMapBytes q;  // dimensions: depth, length, heads, batch
@@ -59,6 +102,7 @@ struct ForwardParams {
   int32_t* next_item;  // 0 at launch
 
   plan::TileMap map;
+  RunRecipe recipe;
   rules::Program program;
 };
 

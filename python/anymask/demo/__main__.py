@@ -1,0 +1,7 @@
+"""`python -m anymask.demo`"""
+
+import sys
+
+from anymask.demo import main
+
+sys.exit(main())

@@ -1,0 +1,12 @@
+// Orders the keys of a scattered mask so that similar columns share tiles.
+#pragma once
+
+#include "rules/program.h"
+
+namespace anymask::cpu {
+
+// Fills order [batches][heads / order_divisor][kv_len] with the keys of each place: those that some
+// row sees come first, in groups by first row, each group sorted by last row.
+void order_keys(const rules::Program& program, int tile_columns, int32_t* order);
+
+}  // namespace anymask::cpu

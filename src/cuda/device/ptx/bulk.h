@@ -1,0 +1,71 @@
+// Bulk copies of plain bytes (no tensor map): loads into shared memory, float32 sums out of it; and
+// the vector sum that needs no shared memory.
+#pragma once
+
+#include "cuda/device/ptx/barrier.h"
+
+namespace anymask::ptx {
+
+// Copies `bytes` (a multiple of 16, both ends 16-byte aligned) to shared memory.
+__device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes,
+                                           Barrier& barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(&barrier.state))
+      : "memory");
+}
+
+// Adds `bytes` of floats in shared memory to floats in global memory, in the caller's bulk group.
+__device__ __forceinline__ void add_floats(float* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+// Until this thread's bulk groups have read their shared memory, but for kPending of them.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// Until they are complete: their sums are in global memory.
+template <int kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// What this thread wrote to shared memory becomes visible to the copy engine and to wgmma.
+__device__ __forceinline__ void fence_async_shared() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// The same for global memory, both ways.
+__device__ __forceinline__ void fence_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
+// Adds four floats to 16 aligned bytes of global memory: one instruction, no reply.
+__device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b),
+               "f"(c), "f"(d)
+               : "memory");
+}
+
+// ---- counters that order blocks ---------------------------------------------------------------------
+
+__device__ __forceinline__ int load_acquire(const int32_t* from) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void add_release(int32_t* to, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+}  // namespace anymask::ptx

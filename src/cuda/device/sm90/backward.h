@@ -1,0 +1,52 @@
+// Flash attention backward for Hopper (sm_90a), the main kernel: dK, dV and the sums of dQ.
+//
+// A block has one producer warpgroup and two math warpgroups. It takes one key tile of one kv head at
+// a time and walks the row tiles that the plan says it meets, over all query heads of the group; S and
+// P are computed again. backward_prepare.h runs before it and backward_finish.h after it.
+// docs/kernels/backward.md has the reasons and the figures behind the choices.
+#pragma once
+
+#include "cuda/device/sm90/backward_math.h"
+#include "cuda/device/sm90/backward_wide.h"
+
+namespace anymask::cuda {
+
+template <BackwardConfig C>
+__device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
+  extern __shared__ __align__(1024) uint8_t memory[];
+  BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
+  const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&p.q);
+    ptx::prefetch_map(&p.k);
+    ptx::prefetch_map(&p.v);
+    ptx::prefetch_map(&p.out_grad);
+    shared.init();
+  }
+  __syncthreads();
+
+  if (warp < kMathWarps) {
+    ptx::give_registers<C.load_registers>();
+    if (warp == 0) {
+      backward_load<C>(p, shared, lane);
+    } else if (warp >= BackwardShared<C>::kFirstBitWarp) {
+      make_key_bits<C>(p, shared, warp - BackwardShared<C>::kFirstBitWarp, lane);
+    } else if constexpr (C.staged != 0) {
+      send_q_grads<C>(p, shared, lane);
+    }
+  } else {
+    ptx::take_registers<C.math_registers>();
+    const int w = warp / kMathWarps - 1;
+    if constexpr (C.wide != 0) {
+      BackwardWide<C> math{p, shared, w, warp % kMathWarps, lane};
+      math.run();
+    } else {
+      BackwardMath<C> math{p, shared, w, warp % kMathWarps, lane};
+      math.run();
+    }
+  }
+}
+
+}  // namespace anymask::cuda

@@ -1,0 +1,204 @@
+// The producer warpgroup of the Hopper backward kernel: a warp that loads, warps that make mask bits,
+// and (staged) a warp that sends dQ away.
+#pragma once
+
+#include "cuda/device/ptx/bulk.h"
+#include "cuda/device/ptx/registers.h"
+#include "cuda/device/ptx/tma.h"
+#include "cuda/device/sm90/backward_schedule.h"
+#include "rules/evaluate.h"
+
+namespace anymask::cuda {
+
+// ---- the loading warp ------------------------------------------------------------------------------
+
+template <BackwardConfig C>
+__device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardShared<C>& shared,
+                                              int lane) {
+  using Shared = BackwardShared<C>;
+  Ring<kItemSlots> items;
+  Ring<C.q_stages> q_ring;
+  Ring<C.o_stages> o_ring;
+  uint32_t kv_parity = 1;
+
+  for (int index = blockIdx.x;; items.next()) {
+    BackwardItem item = {0, 0, 0, -1};
+    if (index < p.items) item = item_at<C>(p, index);
+    shared.item_empty[items.slot].wait(items.parity ^ 1);
+    if (lane == 0) {
+      shared.items[items.slot] = item;
+      shared.item_full[items.slot].arrive();
+    }
+    if (item.steps < 0) break;
+    // Asked for now, needed only when this item's loads are out.
+    int claimed = 0;
+    if (lane == 0) claimed = atomicAdd(p.next_item, 1);
+
+    bool first = true;
+#pragma unroll 1
+    for (int i = 0; i < p.group_heads; ++i) {
+      const int head = item.kv_head * p.group_heads + i;
+      const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
+      for_each_row_tile<false>(p, item, head, lane, [&](int tile, uint32_t partial) {
+        BackwardStep step = {first_tile + tile, static_cast<int32_t>(partial), 0, 0};
+        if constexpr (C.ordered != 0) step.turn = turn_of(p, item, head, tile, lane);
+        const int row = tile * kBackwardRows;
+        shared.q_empty[q_ring.slot].wait(q_ring.parity ^ 1);
+        if (lane == 0) {
+          ptx::Barrier& full = shared.q_full[q_ring.slot];
+          shared.steps[q_ring.slot] = step;
+          full.arrive_expect(Shared::kQBytes);
+#pragma unroll
+          for (int slab = 0; slab < Shared::kSlabs; ++slab) {
+            ptx::load_box(shared.q[q_ring.slot][slab], &p.q, full, slab * kSlabColumns, row, head,
+                          item.batch);
+          }
+          ptx::load_bytes(shared.stats[q_ring.slot],
+                          p.stats + static_cast<int64_t>(step.row_tile) * (2 * kBackwardRows),
+                          Shared::kStatBytes, full);
+        }
+        q_ring.next();
+
+        shared.out_grad_empty[o_ring.slot].wait(o_ring.parity ^ 1);
+        if (lane == 0) {
+          ptx::Barrier& full = shared.out_grad_full[o_ring.slot];
+          full.arrive_expect(Shared::kOutGradBytes);
+#pragma unroll
+          for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
+            ptx::load_box(shared.out_grad[o_ring.slot][slab], &p.out_grad, full,
+                          slab * kSlabColumns, row, head, item.batch);
+          }
+        }
+        o_ring.next();
+
+        // K and V of the item before are in use until its last product: Q and dO go ahead of them.
+        if (!first) return;
+        first = false;
+        shared.kv_empty.wait(kv_parity);
+        kv_parity ^= 1;
+        if (lane == 0) {
+          const int column = item.key_tile * C.columns();
+          shared.k_full.arrive_expect(Shared::kKBytes);
+#pragma unroll
+          for (int slab = 0; slab < Shared::kSlabs; ++slab) {
+            ptx::load_box(shared.k[slab], &p.k, shared.k_full, slab * kSlabColumns, column,
+                          item.kv_head, item.batch);
+          }
+          shared.v_full.arrive_expect(Shared::kVBytes);
+#pragma unroll
+          for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
+            ptx::load_box(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns, column,
+                          item.kv_head, item.batch);
+          }
+        }
+      });
+    }
+    index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
+  }
+}
+
+// ---- warps that make mask bits ----------------------------------------------------------------------
+//
+// Keys are the rows of S^T, and the rules' word is 32 query rows of one key: a word is used as it is
+// made. A math thread shifts it by twice its quad lane and finds its queries at fixed places.
+
+template <BackwardConfig C>
+__device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardShared<C>& shared,
+                                              int index, int lane) {
+  using Shared = BackwardShared<C>;
+  Ring<kItemSlots> items;
+  Ring<C.bit_slots> slots;
+  int turn = 0;  // whose turn the next 32 keys are
+  for (;; items.next()) {
+    shared.item_full[items.slot].wait(items.parity);
+    const BackwardItem item = shared.items[items.slot];
+    __syncwarp();
+    if (lane == 0) shared.item_empty[items.slot].arrive();
+    if (item.steps < 0) break;
+
+#pragma unroll 1
+    for (int i = 0; i < p.group_heads; ++i) {
+      const int head = item.kv_head * p.group_heads + i;
+      const rules::Place place = mask_place(p, item.batch, head);
+      for_each_row_tile<true>(p, item, head, lane, [&](int tile, uint32_t) {
+#pragma unroll 1
+        for (int first = 0; first < C.columns(); first += 32) {
+          const bool mine = turn == index;
+          turn = turn == Shared::kKeyBitWarps - 1 ? 0 : turn + 1;
+          if (!mine) continue;
+          const int column = item.key_tile * C.columns() + first + lane;
+          const int row = tile * kBackwardRows;
+          uint32_t words[2] = {0, 0};
+          if (column < p.kv_len) {
+            words[0] = rules::column_word(p.program, place, column, row);
+            if (row + 32 < p.q_len) {
+              words[1] = rules::column_word(p.program, place, column, row + 32);
+            }
+          }
+          shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
+          *reinterpret_cast<uint2*>(shared.bits[slots.slot][first + lane]) = {words[0], words[1]};
+          __syncwarp();
+          if (lane == 0) shared.bits_full[slots.slot].arrive();
+        }
+        slots.next();
+      });
+    }
+  }
+}
+
+// ---- ordered sums ------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void await_turn(const int32_t* turns, int turn) {
+  while (ptx::load_acquire(turns) != turn) __nanosleep(32);
+}
+
+// ---- the warp that sends dQ away (staged) ------------------------------------------------------------
+
+template <BackwardConfig C>
+__device__ __forceinline__ void send_q_grads(const BackwardParams& p, BackwardShared<C>& shared,
+                                             int lane) {
+  using Shared = BackwardShared<C>;
+  Ring<kItemSlots> items;
+  uint32_t parity = 0;
+  for (;; items.next()) {
+    shared.item_full[items.slot].wait(items.parity);
+    const BackwardItem item = shared.items[items.slot];
+    __syncwarp();
+    if (lane == 0) shared.item_empty[items.slot].arrive();
+    if (item.steps < 0) break;
+
+#pragma unroll 1
+    for (int t = 0; t < item.steps; ++t) {
+#pragma unroll
+      for (int w = 0; w < kBackwardWarpgroups; ++w) {
+        shared.q_grad_full[w].wait(parity);
+        if (lane == 0) {
+          const BackwardStep step = shared.staged_step[w];
+          if (C.ordered != 0 && w == 0) {
+            await_turn(p.turns + 2 * static_cast<int64_t>(step.row_tile), step.turn);
+            ptx::fence_async_global();
+          }
+          ptx::add_floats(p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
+                              w * kBackwardRows * C.part_depth(),
+                          shared.q_grad[w], Shared::kStagedBytes);
+          ptx::bulk_commit();
+        }
+      }
+      if (lane == 0) {
+        const int row_tile = shared.staged_step[0].row_tile;
+        ptx::bulk_wait_read<0>();
+        for (int w = 0; w < kBackwardWarpgroups; ++w) shared.q_grad_empty[w].arrive();
+        if constexpr (C.ordered != 0) {
+          ptx::bulk_wait<0>();
+          ptx::fence_async_global();
+          ptx::add_release(p.turns + 2 * static_cast<int64_t>(row_tile), 1);
+        }
+      }
+      __syncwarp();
+      parity ^= 1;
+    }
+  }
+  if (lane == 0) ptx::bulk_wait<0>();
+}
+
+}  // namespace anymask::cuda

@@ -1,0 +1,103 @@
+// The shared-memory plan of the Hopper backward kernel.
+#pragma once
+
+#include "cuda/device/ptx/barrier.h"
+#include "cuda/device/sm90/backward_config.h"
+#include "cuda/device/sm90/forward_shared.h"  // slabs, rings
+
+namespace anymask::cuda {
+
+// One key tile of one kv head: the work between two loads of K and V. steps < 0: no more work.
+struct BackwardItem {
+  int32_t key_tile;
+  int32_t batch;
+  int32_t kv_head;
+  int32_t steps;  // visible row tiles, over all query heads of the group
+};
+
+// One row tile of one query head.
+struct BackwardStep {
+  int32_t row_tile;  // among all of the workspace: (batch * q_heads + head) * row_tiles + tile
+  int32_t partial;   // its bits are needed
+  int32_t turn;      // ordered: how many key tiles add to its dQ before this one
+  int32_t padding;
+};
+
+// Numbered barriers: pairs of warpgroups meet, and one warpgroup by itself.
+inline constexpr int kSlopesBarrier = 1;   // dS is in shared memory
+inline constexpr int kWeightsBarrier = 2;  // wide: P is
+inline constexpr int kTurnBarrier = 3;     // + warpgroup
+
+template <BackwardConfig C>
+struct BackwardShared {
+  static constexpr int kSlabs = C.depth / kSlabColumns;
+  static constexpr int kValueSlabs = C.value_depth / kSlabColumns;
+  static constexpr int kColumns = C.columns();
+  static constexpr int kTileRowBytes = kBackwardRows * kSlabRowBytes;  // a slab of 64 rows
+  static constexpr int kStagedBytes = C.staged != 0 ? kBackwardRows * C.part_depth() * 4 : 16;
+
+  alignas(1024) uint8_t k[kSlabs][kColumns * kSlabRowBytes];
+  alignas(1024) uint8_t v[kValueSlabs][kColumns * kSlabRowBytes];
+  alignas(1024) uint8_t q[C.q_stages][kSlabs][kTileRowBytes];
+  alignas(1024) uint8_t out_grad[C.o_stages][kValueSlabs][kTileRowBytes];
+  alignas(1024) uint8_t slopes[kColumns * kSlabRowBytes];  // dS^T: a row of 64 queries per key
+  alignas(1024) uint8_t weights[C.wide != 0 ? kColumns * kSlabRowBytes : 16];  // P^T, wide only
+  alignas(128) uint8_t q_grad[kBackwardWarpgroups][kStagedBytes];
+
+  alignas(16) float stats[C.q_stages][2][kBackwardRows];
+  alignas(16) uint32_t bits[C.bit_slots][kColumns][2];  // a bit per row: words as the rules make
+
+  ptx::Barrier k_full, v_full, kv_empty;
+  ptx::Barrier q_full[C.q_stages], q_empty[C.q_stages];
+  ptx::Barrier out_grad_full[C.o_stages], out_grad_empty[C.o_stages];
+  ptx::Barrier slopes_empty, weights_empty;
+  ptx::Barrier q_grad_full[kBackwardWarpgroups], q_grad_empty[kBackwardWarpgroups];
+  ptx::Barrier bits_full[C.bit_slots], bits_empty[C.bit_slots];
+  ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
+
+  BackwardStep steps[C.q_stages];
+  BackwardStep staged_step[kBackwardWarpgroups];  // whose dQ lies in q_grad
+  BackwardItem items[kItemSlots];
+
+  static constexpr int kMathArrivals = kMathWarps * kBackwardWarpgroups;
+  // Warp 0 of the producer warpgroup loads, warp 1 sends dQ if it is staged, the others make bits.
+  static constexpr int kFirstBitWarp = C.staged != 0 ? 2 : 1;
+  static constexpr int kKeyBitWarps = 4 - kFirstBitWarp;
+
+  static constexpr uint32_t kKBytes = kColumns * C.depth * 2;
+  static constexpr uint32_t kVBytes = kColumns * C.value_depth * 2;
+  static constexpr uint32_t kStatBytes = 2 * kBackwardRows * 4;
+  static constexpr uint32_t kQBytes = kBackwardRows * C.depth * 2 + kStatBytes;
+  static constexpr uint32_t kOutGradBytes = kBackwardRows * C.value_depth * 2;
+
+  __device__ __forceinline__ void init() {
+    k_full.init(1);
+    v_full.init(1);
+    kv_empty.init(kMathArrivals);
+    for (int s = 0; s < C.q_stages; ++s) {
+      q_full[s].init(1);
+      q_empty[s].init(kMathArrivals);
+    }
+    for (int s = 0; s < C.o_stages; ++s) {
+      out_grad_full[s].init(1);
+      out_grad_empty[s].init(kMathArrivals);
+    }
+    slopes_empty.init(kMathArrivals);
+    weights_empty.init(kMathWarps);
+    for (int w = 0; w < kBackwardWarpgroups; ++w) {
+      q_grad_full[w].init(kMathWarps);
+      q_grad_empty[w].init(1);
+    }
+    for (int s = 0; s < C.bit_slots; ++s) {
+      bits_full[s].init(kColumns / 32);
+      bits_empty[s].init(kMathArrivals);
+    }
+    for (int s = 0; s < kItemSlots; ++s) {
+      item_full[s].init(1);
+      item_empty[s].init(kMathArrivals + kKeyBitWarps + (C.staged != 0 ? 1 : 0));
+    }
+    ptx::fence_barrier_init();
+  }
+};
+
+}  // namespace anymask::cuda
