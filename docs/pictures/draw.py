@@ -1,15 +1,15 @@
-"""Draws the pictures of README.md and docs/masks.md: `python docs/pictures/draw.py`.
+"""Draws the pictures of README.md and docs/masks.md: `python docs/pictures/draw.py [FOLDER]`.
 
 Each shows a mask of 256 queries (down) x 256 keys (across) on tiles of 16 x 16: tiles whose pairs
 are all allowed in green, those with some in amber, with the allowed pairs dark, those with none
 empty. A real mask has 128 x 128 tiles and looks the same, only larger.
 """
 
+import sys
 from pathlib import Path
 
-import numpy as np
-
 import anymask as am
+import numpy as np
 from anymask.benchmark_masks import NAMES, Documents, benchmark_mask
 from anymask.demo.pictures import png
 
@@ -65,7 +65,7 @@ def draw(mask: am.Mask, path: Path) -> None:
 
 
 def main() -> None:
-    folder = Path(__file__).parent
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent
     for name in NAMES:
         draw(benchmark_mask(name, LENGTH, documents=DOCUMENTS).mask, folder / f"{name}.png")
     for name, mask in kinds().items():

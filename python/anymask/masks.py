@@ -13,6 +13,7 @@ and layers. Everything is checked in full when a mask meets a problem: in `atten
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Union
 
 import numpy as np
@@ -50,6 +51,13 @@ class Mask:
 
     def __invert__(self) -> Mask:
         return Mask((*self.spec, nodes.NOT, 0, 0, 0), self.arrays)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # The tracer of torch.compile knows & and | of objects but not ~; it asks here instead.
+        if function is operator.invert:
+            return args[0].__invert__()
+        return NotImplemented
 
     def __bool__(self) -> bool:
         raise TypeError("a Mask has no truth value: join masks with &, | and ~, not and, or, not")

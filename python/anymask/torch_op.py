@@ -396,12 +396,22 @@ def make_plan(mask: Mask, sizes: tuple[int, ...], dtype: Any, device: Any) -> Pl
     if dtype not in _NAMES:
         raise TypeError(f"dtype: got {dtype}, one of {', '.join(_NAMES.values())} is needed")
     if device is None:
-        device = mask.arrays[0].device if isinstance(mask.arrays[0], Tensor) else "cpu"
+        device = next((a.device for a in mask.arrays if isinstance(a, Tensor)), "cpu")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     buffer = torch.ops.anymask.plan(_arrays(mask), mask.spec, sizes, dtype, device)
     return Plan(mask, Problem(*sizes, _NAMES[dtype], _device_name(device)), buffer)
+
+
+def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    device = q.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
+        return q, k, v
+    if torch.float64 in (q.dtype, k.dtype, v.dtype):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
 def attention(
@@ -421,9 +431,7 @@ def attention(
                 "NumPy arrays"
             )
         _four(tensor, name)
-    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _autocast(q, k, v)
     if q.dtype not in _NAMES:
         raise TypeError(f"q: got {q.dtype}, one of {', '.join(_NAMES.values())} is needed")
     arrays = _arrays(mask)

@@ -49,6 +49,9 @@ class Backward {
   void add_dq(const BackwardJob& job, int64_t b, int64_t h, int64_t row_tile, int rows,
               int64_t key_tile);
 
+  RowsOut sums_at(int64_t b, int64_t h, int64_t row) const;
+  void wait_for_slot(int64_t b, int64_t h, int64_t row_tile);
+
   int64_t place_at(int64_t b, int64_t h) const {
     return place_index(*call_.program, place_of(*call_.program, b, h, q_heads_));
   }
@@ -155,7 +158,7 @@ void Backward::key_tile(int64_t task, int thread) {
   for (int64_t h = kv_head * group_; h < (kv_head + 1) * group_ && q_len_ > 0; ++h) {
     const rules::Place place = place_of(*call_.program, b, h, q_heads_);
     for_visible(call_.columns, place_index(*call_.program, place), tile,
-                [&](int64_t row_tile, bool some) {
+                [&](int64_t row_tile, bool some, int64_t next) {
                   const int64_t row = row_tile * tile_rows_;
                   RowTile rows{};
                   rows.q = rows_in(call_.q, b, row, h);
@@ -163,6 +166,11 @@ void Backward::key_tile(int64_t task, int thread) {
                   rows.lse = element_at(call_.lse, b, h, row);
                   rows.delta = delta_at(b, h, row);
                   rows.rows = rows_of(row_tile);
+                  if (next >= 0) {
+                    rows.next_q = row_at(call_.q, b, next * tile_rows_, h);
+                    rows.next_dout = row_at(call_.dout, b, next * tile_rows_, h);
+                  }
+                  rows.dq = sums_at(b, h, row);
                   if (some) {
                     tile_words(*call_.program, place,
                                {static_cast<int>(row), static_cast<int>(row) + rows.rows,
@@ -180,6 +188,23 @@ void Backward::key_tile(int64_t task, int thread) {
   scatter_keys(call_.dv, keys, gathered_v);
 }
 
+// Where the dq of rows from `row` on is summed.
+RowsOut Backward::sums_at(int64_t b, int64_t h, int64_t row) const {
+  if (!own_sums_) return rows_out(call_.dq, b, row, h);
+  const int64_t slot = (b * kv_heads_ + h / group_) % slots_;
+  const int64_t at = ((slot * group_ + h % group_) * q_len_ + row) * head_dim_;
+  return {static_cast<float*>(sums_.get()) + at, head_dim_};
+}
+
+// That memory was an earlier head's: waits until its row tile has been rounded.
+void Backward::wait_for_slot(int64_t b, int64_t h, int64_t row_tile) {
+  const int64_t old = b * kv_heads_ + h / group_ - slots_;
+  if (old < 0) return;
+  const int64_t old_b = old / kv_heads_, old_h = old % kv_heads_ * group_ + h % group_;
+  wait_for(turn(old_b, old_h, row_tile),
+           call_.rows.count[place_at(old_b, old_h) * call_.rows.outer_tiles + row_tile]);
+}
+
 void Backward::add_dq(const BackwardJob& job, int64_t b, int64_t h, int64_t row_tile, int rows,
                       int64_t key_tile) {
   const int64_t place = place_at(b, h), row = row_tile * tile_rows_;
@@ -189,19 +214,8 @@ void Backward::add_dq(const BackwardJob& job, int64_t b, int64_t h, int64_t row_
   const bool last = rank + 1 == call_.rows.count[place * call_.rows.outer_tiles + row_tile];
 
   const RowsOut dq = rows_out(call_.dq, b, row, h);
-  RowsOut sum = dq;
-  if (own_sums_) {
-    const int64_t kv = b * kv_heads_ + h / group_, in_slot = h % group_;
-    // The memory was used by an earlier head: wait until its row tile has been rounded.
-    if (rank == 0 && kv >= slots_) {
-      const int64_t old_b = (kv - slots_) / kv_heads_;
-      const int64_t old_h = (kv - slots_) % kv_heads_ * group_ + in_slot;
-      wait_for(turn(old_b, old_h, row_tile),
-               call_.rows.count[place_at(old_b, old_h) * call_.rows.outer_tiles + row_tile]);
-    }
-    const int64_t at = ((kv % slots_ * group_ + in_slot) * q_len_ + row) * head_dim_;
-    sum = {static_cast<float*>(sums_.get()) + at, head_dim_};
-  }
+  if (own_sums_ && rank == 0) wait_for_slot(b, h, row_tile);
+  const RowsOut sum = sums_at(b, h, row);
   std::atomic<int32_t>& counter = turn(b, h, row_tile);
   wait_for(counter, rank);
   kernel_.add_dq(job, rows, rank == 0, sum);

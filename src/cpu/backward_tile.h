@@ -88,6 +88,7 @@ struct Probabilities {
   int strip;
   T factor, scale;
   const uint32_t* words;  // of the group and strip
+  Ahead next_q, next_dout, dq;
 
   template <int M>
   ANYMASK_INLINE void put(const Block<Math, M, kVectors>& block, int row, Item* to,
@@ -120,6 +121,9 @@ struct Probabilities {
   template <int M>
   ANYMASK_INLINE void run(int row) const {
     constexpr int64_t kItem = sizeof(Item);
+    next_q.fetch(row, M);
+    next_dout.fetch(row, M);
+    dq.fetch(row, M);
     Block<Math, M, kVectors> acc;
     clear(acc);
     multiply(acc, scratch.q + static_cast<int64_t>(row) * scratch.q_stride,
@@ -325,15 +329,22 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
   const T factor = exponent_factor<T>(job.scale);
   const T scale = static_cast<T>(job.scale);
   for (int s = 0; s < units.strips; ++s) {
+    const auto share = [&](const void* data, int64_t stride, int columns, int64_t size) {
+      return Ahead::share(data, stride, columns, size, s, units.strips);
+    };
+    const Ahead next_q = share(tile.next_q, tile.q.stride, job.head_dim, sizeof(Raw));
+    const Ahead next_dout = share(tile.next_dout, tile.dout.stride, job.v_head_dim, sizeof(Raw));
+    const Ahead dq = share(tile.dq.data, tile.dq.stride, job.head_dim, sizeof(T));
     for (int g = 0; g < units.groups; ++g) {
       const int begin = g * kGroupRows;
       if (units.state[g][s] == 1) {
         for_blocks_in<kGroupRows>(begin,
-                   Probabilities<Math, false>{scratch, s, factor, scale, nullptr});
+                   Probabilities<Math, false>{scratch, s, factor, scale, nullptr, next_q, next_dout,
+                                              dq});
       } else if (units.state[g][s] == 2) {
         const uint32_t* words = tile.words.data + g * tile.words.stride + s * kStrip<Math>;
         for_blocks_in<kGroupRows>(begin,
-                   Probabilities<Math, true>{scratch, s, factor, scale, words});
+                   Probabilities<Math, true>{scratch, s, factor, scale, words, next_q, next_dout, dq});
       }
     }
   }

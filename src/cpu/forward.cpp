@@ -58,13 +58,17 @@ void forward(const ForwardCall& call) {
     job.rows = static_cast<int>(std::min<int64_t>(map.shape.rows, q_len - row));
     job.scratch = scratch;
     kernel.begin(job);
-    for_visible(map, at, tile, [&](int64_t key_tile, bool some) {
+    for_visible(map, at, tile, [&](int64_t key_tile, bool some, int64_t next) {
       const int64_t key = key_tile * map.shape.columns;
       KeyTile keys{};
       keys.keys = static_cast<int>(std::min<int64_t>(map.shape.columns, kv_len - key));
       const TileKeys from{call.program, place, b, h / group, key, keys.keys};
       keys.k = keys_in(call.k, from, gathered_k);
       keys.v = keys_in(call.v, from, gathered_v);
+      if (next >= 0 && !from.reordered()) {
+        keys.next_k = row_at(call.k, b, next * map.shape.columns, h / group);
+        keys.next_v = row_at(call.v, b, next * map.shape.columns, h / group);
+      }
       if (some) {
         tile_words(*call.program, place,
                    {static_cast<int>(row), static_cast<int>(row) + job.rows, static_cast<int>(key),

@@ -74,6 +74,28 @@ ANYMASK_INLINE T exponent_factor(double scale) {
   return static_cast<T>(factor < 1e-37 ? 1e-37 : factor);
 }
 
+// Fetches part of a tile's rows: in [batch, length, heads, dim] tensors rows lie in pages of their
+// own, where the hardware's prefetchers do not look (without this, 80% of peak instead of 87%).
+struct Ahead {
+  const char* data;  // nullptr: nothing to fetch
+  int64_t step;
+  int64_t bytes;  // of each row
+
+  // Share `part` of `parts` of every row.
+  static ANYMASK_INLINE Ahead share(const void* rows, int64_t stride, int row_items, int64_t size,
+                                    int part, int parts) {
+    if (rows == nullptr) return {};
+    const int64_t bytes = (row_items * size / parts + 63) / 64 * 64;
+    return {static_cast<const char*>(rows) + part * bytes, stride * size, bytes};
+  }
+  ANYMASK_INLINE void fetch(int row, int count) const {
+    if (data == nullptr) return;
+    for (int i = row; i < row + count; ++i) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + i * step + at, 0, 2);
+    }
+  }
+};
+
 template <class Math, int N, bool kMasked>
 struct ScoresOf {
   using Vec = typename Math::Vec;
@@ -85,9 +107,12 @@ struct ScoresOf {
   int word_shift;
   typename Math::T* scores;
   Vec* highest;
+  Ahead next_k, next_v;
 
   template <int M>
   ANYMASK_INLINE void run(int key) const {
+    next_k.fetch(key, M);
+    next_v.fetch(key, M);
     Block<Math, M, N> acc;
     clear(acc);
     multiply(acc, k + key * k_step, k_step, sizeof(typename Math::Item), q, kStrip<Math>, q_items);
@@ -186,6 +211,7 @@ struct KeyRange {
   const char* v;
   int64_t v_step;
   int begin, end;  // begin is even
+  Ahead next_k, next_v;
 };
 
 template <class Math, int N, bool kMasked>
@@ -210,7 +236,9 @@ inline void strip_step(const ForwardScratch<Math>& scratch, const ForwardJob& jo
       kMasked ? words.data + first_row / kGroupRows * words.stride + range.begin : nullptr,
       first_row % kGroupRows,
       scratch.scores,
-      highest};
+      highest,
+      range.next_k,
+      range.next_v};
   for_blocks(0, keys, scores);
 
   Vec shift[N], keep[N], sum[N];
@@ -273,6 +301,8 @@ void forward_tile(const ForwardJob& job, const KeyTile& tile) {
 
   const Raw* k = static_cast<const Raw*>(tile.k.data);
   const Raw* v = static_cast<const Raw*>(tile.v.data);
+  // Rows that are items already are read where they lie: packing them costs 3%, even where rows a
+  // power of two apart crowd into few cache sets.
   KeyRange range;
   if constexpr (sizeof(Raw) * Math::kPair == sizeof(Item)) {
     range.k = reinterpret_cast<const char*>(k);
@@ -300,6 +330,8 @@ void forward_tile(const ForwardJob& job, const KeyTile& tile) {
     if (begin[strip] >= end[strip]) continue;
     range.begin = begin[strip];
     range.end = end[strip];
+    range.next_k = Ahead::share(tile.next_k, tile.k.stride, job.head_dim, sizeof(Raw), strip, strips);
+    range.next_v = Ahead::share(tile.next_v, tile.v.stride, job.v_head_dim, sizeof(Raw), strip, strips);
     // Few rows, as in decoding: one register of lanes is enough.
     const bool narrow = job.rows - strip * kStrip<Math> <= kLanesOf<Math>;
     const bool masked = tile.words.data != nullptr;

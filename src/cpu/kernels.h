@@ -54,6 +54,9 @@ struct KeyTile {
   RowsIn v;
   int keys;
   Words words;
+  // To be on its way into the cache meanwhile: the tile after this one (or nullptr).
+  const void* next_k;
+  const void* next_v;
 };
 
 struct ForwardKernel {
@@ -84,6 +87,11 @@ struct RowTile {
   const void* delta;  // the same type: rowsum(dout * out) - dlse
   int rows;
   Words words;
+  // To be on their way into the cache meanwhile: the row tile after this one (or nullptr), and
+  // where this tile's dq will be added.
+  const void* next_q;
+  const void* next_dout;
+  RowsOut dq;
 };
 
 struct BackwardKernel {

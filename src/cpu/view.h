@@ -54,17 +54,24 @@ inline const uint32_t* bits_of(const uint32_t* bitmap, const plan::TileMap& map,
   return bitmap + (place * map.outer_tiles + outer) * map.words;
 }
 
-// Calls body(inner tile, whether it needs its bits) for the visible tiles, in order.
+// Calls body(inner tile, whether it needs its bits, the visible tile after it or -1) for the visible
+// tiles, in order.
 template <class Body>
 void for_visible(const plan::TileMap& map, int64_t place, int64_t outer, const Body& body) {
   const uint32_t* visible = bits_of(map.visible, map, place, outer);
   const uint32_t* hidden = bits_of(map.hidden, map, place, outer);
+  int64_t current = -1;
+  bool current_some = false;
   for (int w = 0; w < map.words; ++w) {
     for (uint32_t left = visible[w]; left != 0; left &= left - 1) {
       const int bit = __builtin_ctz(left);
-      body(w * 32 + bit, ((hidden[w] >> bit) & 1u) != 0);
+      const int64_t next = int64_t{w} * 32 + bit;
+      if (current >= 0) body(current, current_some, next);
+      current = next;
+      current_some = ((hidden[w] >> bit) & 1u) != 0;
     }
   }
+  if (current >= 0) body(current, current_some, int64_t{-1});
 }
 
 // Uninitialised memory on a cache line.

@@ -16,6 +16,12 @@ constexpr KernelFamily family(const char* name, const char* header, const char* 
 constexpr KernelFamily kPack =
     family("plan_pack", "cuda/device/pack.h", "anymask::cuda::PackConfig",
            "anymask::cuda::PackParams", "anymask::cuda::pack", sizeof(PackParams));
+constexpr KernelFamily kSeeKeys =
+    family("plan_see_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::see_keys", sizeof(KeyOrderParams));
+constexpr KernelFamily kOrderKeys =
+    family("plan_order_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::order_keys", sizeof(KeyOrderParams));
 constexpr KernelFamily kClassify =
     family("plan_classify", "cuda/device/plan.h", nullptr, "anymask::cuda::ClassifyParams",
            "anymask::cuda::classify", sizeof(ClassifyParams));
@@ -27,7 +33,8 @@ constexpr KernelFamily kOrder =
            "anymask::cuda::order_tiles", sizeof(OrderParams));
 
 // Parameters travel in constant memory, of which drivers before 12.1 give a kernel 4 KiB.
-static_assert(sizeof(ClassifyParams) <= 4096 && sizeof(OrderParams) <= 4096);
+static_assert(sizeof(ClassifyParams) <= 4096 && sizeof(OrderParams) <= 4096 &&
+              sizeof(KeyOrderParams) <= 4096);
 
 KernelConfig config_of(const KernelFamily& kernel_family, int threads, int min_blocks = 1) {
   KernelConfig config;
@@ -43,8 +50,10 @@ KernelConfig pack_config(int bytes, bool quads) {
   config.count = 2;
   return config;
 }
-// Four blocks a multiprocessor: its loads wait for each other, so warps count more than registers.
-KernelConfig classify_config() { return config_of(kClassify, kClassifyThreads, 4); }
+KernelConfig see_keys_config() { return config_of(kSeeKeys, kSeeThreads); }
+KernelConfig order_keys_config() { return config_of(kOrderKeys, kSortThreads); }
+// Two blocks a multiprocessor: its loads wait for each other, so warps count more than registers.
+KernelConfig classify_config() { return config_of(kClassify, kClassifyThreads, 2); }
 KernelConfig count_config() { return config_of(kCount, 32 * kOrderWarps); }
 KernelConfig order_config() { return config_of(kOrder, 32 * kOrderWarps); }
 
@@ -66,9 +75,9 @@ bool reads_every_pair(const rules::Program& program) {
   });
 }
 
-// A single leaf's class is exact column by column, but for ids, which are known by their range.
-bool classes_are_exact(const rules::Program& program) {
-  return program.count == 1 && program.nodes[0].op != rules::Op::kIds;
+// Places that have an order of keys of their own.
+int64_t orders_of(const rules::Program& program) {
+  return int64_t{program.batches} * (program.heads / program.order_divisor);
 }
 
 class Steps {
@@ -101,6 +110,28 @@ class Steps {
         shape.batches * shape.heads * shape.row_words * params.column_blocks, params);
   }
 
+  // The order of keys. `program`: dense leaves packed.
+  void order_keys(const rules::Program& program, int tile_columns, void* scratch) {
+    // An item of the sort has 34 bits for a key's group and last row.
+    constexpr int kMostRows = 1 << 22;
+    if (program.q_len > kMostRows) {
+      throw Unsupported("plan: keys can be reordered up to " + std::to_string(kMostRows) +
+                        " queries, got " + std::to_string(program.q_len));
+    }
+    KeyOrderParams params{};
+    params.program = program;
+    params.program.key_order = nullptr;
+    params.tile_columns = tile_columns;
+    params.key_blocks = ceil_div(program.kv_len, kSeeThreads);
+    const int64_t keys = orders_of(program) * program.kv_len;
+    params.items = static_cast<uint64_t*>(scratch);
+    params.seen = reinterpret_cast<KeyRows*>(params.items + 2 * keys);
+    params.order = const_cast<int32_t*>(program.key_order);
+    if (keys == 0) return;
+    add(see_keys_config(), orders_of(program) * params.key_blocks, params);
+    add(order_keys_config(), orders_of(program), params);
+  }
+
   // A row map, a column map or both of one shape. `program`: dense leaves packed.
   void classify(const rules::Program& program, const plan::TileMap* row_map,
                 const plan::TileMap* column_map) {
@@ -109,10 +140,9 @@ class Steps {
     params.shape = row_map != nullptr ? row_map->shape : column_map->shape;
     params.row_tiles = ceil_div(program.q_len, params.shape.rows);
     params.key_tiles = ceil_div(program.kv_len, params.shape.columns);
-    params.row_groups = ceil_div(params.row_tiles, kClassifyRowTiles);
-    params.key_groups = ceil_div(params.key_tiles, 32) * (32 / kClassifyWarps);
-    params.widest_span = reads_every_pair(program) ? 1 : kClassifyRowTiles;
-    params.look_at_pairs = classes_are_exact(program) ? 0 : 1;
+    params.row_groups = ceil_div(params.row_tiles, kBlockRowTiles);
+    params.key_groups = ceil_div(params.key_tiles, 32) * (32 / kBlockKeyTiles);
+    params.look_at_spans = reads_every_pair(program) ? 0 : 1;
     for (const plan::TileMap* map : {row_map, column_map}) {
       if (map == nullptr) continue;
       (map == row_map ? params.row_map : params.column_map) = *map;
@@ -145,11 +175,21 @@ class Steps {
 
 }  // namespace
 
-std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan) {
+int64_t plan_scratch_bytes(const rules::Program& lowered) {
+  if (lowered.reorder_keys == 0) return 0;
+  constexpr int64_t kBytes = 2 * sizeof(uint64_t) + sizeof(KeyRows);
+  return orders_of(lowered) * lowered.kv_len * kBytes;
+}
+
+std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan,
+                                 void* scratch) {
   Steps steps(lowered);
   for (int32_t i = 0; i < lowered.count; ++i) {
     const rules::Node& node = lowered.nodes[i];
     if (node.op == rules::Op::kDense) steps.pack(node, plan.program.nodes[i]);
+  }
+  if (plan.program.key_order != nullptr) {
+    steps.order_keys(plan.program, plan.forward_rows.shape.columns, scratch);
   }
   // With one tile shape for both passes the two row maps are the same memory.
   if (plan.forward_rows.visible != plan.backward_rows.visible) {
@@ -160,18 +200,18 @@ std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan
   return steps.take();
 }
 
-void build_plan(const rules::Program& lowered, const plan::Plan& plan, int ordinal,
+void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scratch, int ordinal,
                 CuStream stream) {
   const DeviceScope scope(ordinal);
-  for (const PlanStep& step : plan_steps(lowered, plan)) {
+  for (const PlanStep& step : plan_steps(lowered, plan, scratch)) {
     const Kernel& ready = kernel(step.config, ordinal);
     std::visit([&](const auto& params) { launch(ready, step.grid, stream, params); }, step.params);
   }
 }
 
 std::vector<KernelConfig> plan_kernels() {
-  std::vector<KernelConfig> kernels = {classify_config(), count_config(), order_config(),
-                                       pack_config(1, true)};
+  std::vector<KernelConfig> kernels = {classify_config(), count_config(),    order_config(),
+                                       see_keys_config(), order_keys_config(), pack_config(1, true)};
   for (const int bytes : {1, 2, 4, 8}) kernels.push_back(pack_config(bytes, false));
   return kernels;
 }

@@ -12,17 +12,22 @@
 namespace anymask::cuda {
 
 // Fills all of a plan whose buffer is device memory. `lowered` is the mask as it was before
-// plan::view put packed words in place of its dense leaves.
-void build_plan(const rules::Program& lowered, const plan::Plan& plan, int ordinal,
+// plan::view put packed words in place of its dense leaves. `scratch`: plan_scratch_bytes of device
+// memory, 8-byte aligned, that nobody else writes until the work is done.
+void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scratch, int ordinal,
                 CuStream stream);
+
+// 0 unless keys are to be reordered: then 24 bytes a key and place.
+int64_t plan_scratch_bytes(const rules::Program& lowered);
 
 // The launches that build_plan makes, in order. Apart for tests, which run the kernels on the CPU.
 struct PlanStep {
   KernelConfig config;
   Grid grid;
-  std::variant<PackParams, ClassifyParams, OrderParams> params;
+  std::variant<PackParams, KeyOrderParams, ClassifyParams, OrderParams> params;
 };
-std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan);
+std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan,
+                                 void* scratch);
 
 // Every variant.
 std::vector<KernelConfig> plan_kernels();

@@ -137,6 +137,29 @@ inline void emulate(int64_t blocks, int threads, const std::function<void()>& bo
 
 inline void __syncthreads() { EmulatedBlock::current().wait_for_block(); }
 
+inline void __syncwarp() {
+  EmulatedBlock::current().exchange(0, [](auto) { return 0; });
+}
+
+template <typename T>
+T atomicAdd(T* to, T value) {
+  const T old = *to;
+  *to += value;
+  return old;
+}
+template <typename T>
+T atomicOr(T* to, T value) {
+  const T old = *to;
+  *to |= value;
+  return old;
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return EmulatedBlock::current().exchange(
+      value, [&](auto lane_value) { return lane_value(static_cast<size_t>(lane)); });
+}
+
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   const size_t lane = threadIdx.x % 32;
@@ -160,6 +183,20 @@ inline unsigned __reduce_or_sync(unsigned, unsigned value) {
     return all;
   });
 }
+
+inline unsigned __match_any_sync(unsigned, int value) {
+  const size_t mine = threadIdx.x % 32;
+  unsigned peers = 0;
+  EmulatedBlock::current().exchange(value, [&](auto lane_value) {
+    for (size_t lane = 0; lane < 32; ++lane) {
+      peers |= static_cast<unsigned>(lane_value(lane) == lane_value(mine)) << lane;
+    }
+    return 0;
+  });
+  return peers;
+}
+
+inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
 
 inline int __popc(unsigned value) { return std::popcount(value); }
 

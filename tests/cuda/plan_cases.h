@@ -203,6 +203,10 @@ inline void expect_same_plan(const Program& host, const plan::TileShapes& shapes
             shape.batches * shape.heads * shape.row_words * shape.columns, expected.data(),
             built.content.data(), built.base);
   }
+  if (host.reorder_keys != 0) {
+    compare("key order", built.plan.program.key_order, places / host.order_divisor * host.kv_len,
+            expected.data(), built.content.data(), built.base);
+  }
   same("forward rows", built.plan.forward_rows);
   same("backward rows", built.plan.backward_rows);
   same("backward columns", built.plan.backward_columns);
@@ -266,6 +270,24 @@ inline const Case kCases[] = {
      [](Masks& m) {
        m.blocks(16, 48);
        m.join(Op::kNot);
+     }},
+    {"reordered_from",
+     [](Masks& m) {
+       m.intervals(IntervalForm::kFrom, true);
+       m.band(1 << 30, 0);
+       m.join(Op::kAnd);
+       m.program.reorder_keys = 1;
+     }},
+    {"reordered_runs_of_shared_heads",
+     [](Masks& m) {
+       m.intervals(IntervalForm::kTwoRuns, true);
+       m.program.reorder_keys = 1;
+       m.program.order_divisor = m.program.heads;
+     }},
+    {"reordered_bits",
+     [](Masks& m) {
+       m.dense<uint8_t>('r', false, 40);
+       m.program.reorder_keys = 1;
      }},
     {"dense_u8", [](Masks& m) { m.dense<uint8_t>('r', false, 1000); }},
     {"dense_u8_scattered", [](Masks& m) { m.dense<uint8_t>('r', false, 1); }},

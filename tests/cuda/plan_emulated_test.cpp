@@ -1,6 +1,7 @@
 // The plan's kernels, run on the CPU thread by thread. Needs no GPU.
 #include "cuda/emulator.h"
 //
+#include "cuda/device/key_order.h"
 #include "cuda/device/pack.h"
 #include "cuda/device/plan.h"
 #include "cuda/plan.h"
@@ -24,10 +25,13 @@ std::function<void()> body_of(const PlanStep& step) {
       default: return [packed] { pack<PackConfig{8, false}>(*packed); };
     }
   }
-  const auto* order = std::get_if<OrderParams>(&step.params);
-  if (std::string(step.config.family->name) == "plan_count") {
-    return [order] { count_tiles(*order); };
+  const std::string name = step.config.family->name;
+  if (const auto* keys = std::get_if<KeyOrderParams>(&step.params)) {
+    if (name == "plan_see_keys") return [keys] { see_keys(*keys); };
+    return [keys] { order_keys(*keys); };
   }
+  const auto* order = std::get_if<OrderParams>(&step.params);
+  if (name == "plan_count") return [order] { count_tiles(*order); };
   return [order] { order_tiles(*order); };
 }
 
@@ -37,7 +41,8 @@ TEST(PlanEmulated, MatchesPlanOnCpu) {
     const Program& program = masks.program;
     buffer.assign(static_cast<size_t>(plan::bytes_needed(program, shapes)), char(0xa5));
     const plan::Plan plan = plan::view(program, shapes, buffer.data());
-    for (const PlanStep& step : plan_steps(program, plan)) {
+    std::vector<char> scratch(static_cast<size_t>(plan_scratch_bytes(program)), char(0xa5));
+    for (const PlanStep& step : plan_steps(program, plan, scratch.data())) {
       emulate(step.grid.x, step.config.threads, body_of(step));
     }
     return BuiltPlan{buffer, plan, buffer.data()};

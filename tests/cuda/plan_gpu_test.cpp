@@ -22,7 +22,9 @@ TEST(PlanOnGpu, MatchesPlanOnCpu) {
     const DeviceMemory buffer(static_cast<size_t>(plan::bytes_needed(program, shapes)));
     buffer.poison();
     const plan::Plan plan = plan::view(program, shapes, buffer.data());
-    build_plan(program, plan, 0, nullptr);
+    const DeviceMemory scratch(static_cast<size_t>(plan_scratch_bytes(program)));
+    scratch.poison();
+    build_plan(program, plan, scratch.data(), 0, nullptr);
     return BuiltPlan{buffer.get(), plan, buffer.data()};
   });
 }
@@ -62,7 +64,7 @@ TEST(PlanOnGpu, IsCapturedInAGraphAndFollowsItsInputs) {
   void* graph = nullptr;
   void* executable = nullptr;
   check(begin(stream, 0), "cuStreamBeginCapture");
-  build_plan(program, plan, 0, stream);
+  build_plan(program, plan, nullptr, 0, stream);
   check(end(stream, &graph), "cuStreamEndCapture");
   check(instantiate(&executable, graph, 0), "cuGraphInstantiate");
 

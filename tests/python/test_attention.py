@@ -49,8 +49,10 @@ def check(q, k, v, mask, allowed, *, scale=None, lse_gradient=False, **options):
     outputs = (low_out, low_lse) if lse_gradient else (low_out,)
     gradients = (dout, dlse.to(low_lse.dtype)) if lse_gradient else (dout,)
     low = torch.autograd.grad(outputs, low_leaves, gradients)
+    # With few elements the naive result may be exact by luck: allow the rounding of one product.
+    floor = 1e-5 if min(q_len, kv_len) >= 32 else 2 * torch.finfo(q.dtype).eps
     for name, g, r, x in zip(("dq", "dk", "dv"), got, ref, low):
-        assert_close(name, g, r, x, 1e-5)
+        assert_close(name, g, r, x, floor)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])

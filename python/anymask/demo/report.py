@@ -159,9 +159,9 @@ def render(both: Comparison, view: MaskView, facts: Sequence[tuple[str, str]]) -
         "losses": pictures.losses(torch.losses, anymask.losses),
         "differences": pictures.differences(both.differences),
         "speed_text": "A whole training step: making the mask (each batch packs other documents), "
-        "forward, backward and optimizer; the mean over all steps but the first. A token is a byte. Memory: the peak "
-        f"of {memory_what} above what was in use before the first step. Each run had a process of "
-        "its own, one after the other.",
+        "forward, backward and optimizer; the mean over all steps but the first. A token is a "
+        f"byte. Memory: the peak of {memory_what} above what was in use before the first step. "
+        "Each run had a process of its own, one after the other.",
         "speed_bars": pictures.bars(
             torch.tokens_per_second,
             anymask.tokens_per_second,

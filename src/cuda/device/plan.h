@@ -1,11 +1,10 @@
 // Kernels that build tile maps: classify the tiles, count the visible ones, order the work.
 //
-// `classify` asks the mask program about one key column at a time: a column's class over a run of
-// rows costs a few instructions whatever the mask, columns of a warp's lanes are neighbours in
-// memory, and classes joined column by column are sharper than those of a whole tile. A strip of 32
-// row tiles is asked about first; only a strip (then a quarter of it) that is neither hidden nor
-// visible throughout is looked at tile by tile. Tiles that are `some` by their parts' classes are
-// settled by their pairs, which takes one or two looks: the result is exact.
+// `classify` asks the mask program about one key's column at a time: a column's class over a run of
+// rows costs a few instructions whatever the mask, the columns of a warp's lanes are neighbours in
+// memory, and classes joined column by column are sharper than those of a whole tile. Beside what a
+// tile may hold it tracks what it surely holds; only where the two differ does it look at the
+// pairs, so the result is exact.
 #pragma once
 
 #include "cuda/device/plan_params.h"
@@ -14,6 +13,36 @@
 namespace anymask::cuda {
 
 inline constexpr uint32_t kWholeWarp = 0xffffffffu;
+
+inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
+inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
+
+// ---- what is known of a set of pairs ---------------------------------------------------------------
+//
+// Bits 0 and 1: a rules::TileClass, what it may hold. Bits 2 and 3: the same, what it surely holds.
+
+using Known = uint32_t;
+inline constexpr Known kSurely = 4;
+inline constexpr Known kVisibleBits = rules::kVisible * (1 + kSurely);
+
+inline Known surely(rules::TileClass value) { return value * (1 + kSurely); }
+inline rules::TileClass may_hold(Known known) { return known & rules::kSome; }
+inline rules::TileClass surely_holds(Known known) { return known / kSurely; }
+
+inline Known known_not(Known a) { return (a & kVisibleBits) << 1 | (a >> 1 & kVisibleBits); }
+
+// Where all of one side is visible, what the other side surely shows is there.
+inline Known known_and(Known a, Known b) {
+  const Known shown_by_a = (b & rules::kHidden) != 0 ? 0 : a;
+  const Known shown_by_b = (a & rules::kHidden) != 0 ? 0 : b;
+  const Known surely_visible = (shown_by_a | shown_by_b) & (rules::kVisible * kSurely);
+  const Known surely_hidden = (a | b) & (rules::kHidden * kSurely);
+  return rules::class_and(may_hold(a), may_hold(b)) | surely_visible | surely_hidden;
+}
+
+inline Known known_or(Known a, Known b) {
+  return known_not(known_and(known_not(a), known_not(b)));
+}
 
 // ---- ids: what the rows of a span hold, found once for all columns ---------------------------------
 //
@@ -32,19 +61,13 @@ struct IdRange {
     any_open |= other.any_open;
   }
 };
-inline constexpr IdRange kNoIds = {0x7fffffffffffffff, -0x7fffffffffffffff - 1, false, false};
+inline constexpr int64_t kLargestId = 0x7fffffffffffffff;
+inline constexpr IdRange kNoIds = {kLargestId, -kLargestId - 1, false, false};
 
-inline constexpr int kMaxIdLeaves = (rules::kMaxNodes + 1) / 2;
-inline constexpr int kSpans = kClassifyRowTiles + 4 + 1;  // spans of 1, 8 and 32 row tiles
-
-inline int span_index(int first, int span) {
-  return span == 1 ? first : span == 8 ? kClassifyRowTiles + first / 8 : kSpans - 1;
-}
-
-inline IdRange id_range(const rules::Node& node, rules::Place place, int row_begin, int row_end) {
+inline IdRange id_range(const rules::Node& node, int row_begin, int row_end) {
   IdRange range = kNoIds;
-  for (int row = row_begin + static_cast<int>(threadIdx.x % 32); row < row_end; row += 32) {
-    const int64_t id = rules::load_integer(node.rows, place, row * node.rows.row_stride);
+  for (int row = row_begin + lane_index(); row < row_end; row += 32) {
+    const int64_t id = rules::load_integer(node.rows, {0, 0}, row * node.rows.row_stride);
     const bool open = node.flag != 0 && id >= 0;
     range.add(open ? IdRange{kNoIds.least, kNoIds.most, false, true} : IdRange{id, id, true, false});
   }
@@ -57,180 +80,260 @@ inline IdRange id_range(const rules::Node& node, rules::Place place, int row_beg
   return range;
 }
 
-inline rules::TileClass id_range_class(const IdRange& range, int64_t id) {
-  const bool meets = range.least <= id && id <= range.most;
-  const bool all_equal = range.least == id && range.most == id;
-  return (range.any_open ? rules::kVisible : 0u) |
-         (range.any_closed ? rules::class_of(meets, !all_equal) : 0u);
+// Both ends of a range are ids of some row; with two ids, some row differs from any given one.
+inline Known id_range_known(const IdRange& range, int64_t id) {
+  Known known = range.any_open ? surely(rules::kVisible) : 0;
+  if (!range.any_closed) return known;
+  if (range.least <= id && id <= range.most) known |= rules::kVisible;
+  if (range.least == id || range.most == id) known |= surely(rules::kVisible);
+  if (range.least != id || range.most != id) known |= surely(rules::kHidden);
+  return known;
 }
 
 // ---- classify ----------------------------------------------------------------------------------------
 
-struct IdTable {
-  IdRange ranges[kMaxIdLeaves][kSpans];
+inline constexpr int kMaxIdLeaves = (rules::kMaxNodes + 1) / 2;
+inline constexpr int kSpans = kBlockRowTiles / kSpanTiles;
+
+// What the warps of a block share.
+struct ClassifyBlock {
+  rules::Program program;  // its arrays moved to this block's place: asked about at {0, 0}
+  IdRange ids[kMaxIdLeaves][kBlockRowTiles + kSpans];  // of each row tile, then of each span
+  uint32_t visible[kBlockKeyTiles];                    // a bit for each row tile
+  uint32_t hidden[kBlockKeyTiles];
+  int32_t task_count;
+  uint8_t tasks[kBlockRowTiles * kBlockKeyTiles];  // tiles still to look at: row * 8 + key
 };
 
-inline void fill_id_table(const ClassifyParams& params, rules::Place place, int first_tile,
-                          IdTable& table) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
+inline void move_to_place(rules::Array& array, rules::Place place) {
+  const int64_t offset = place.batch * array.batch_stride +
+                         (place.head / array.head_divisor) * array.head_stride;
+  if (array.data != nullptr) {
+    array.data = static_cast<const char*>(array.data) + offset * array.bytes;
+  }
+}
+
+inline const int32_t* keys_at_place(const rules::Program& program, rules::Place place) {
+  if (program.key_order == nullptr) return nullptr;
+  const int64_t orders = program.heads / program.order_divisor;
+  return program.key_order +
+         (place.batch * orders + place.head / program.order_divisor) * program.kv_len;
+}
+
+inline void start_block(const ClassifyParams& params, rules::Place place, ClassifyBlock& block) {
+  const int thread = static_cast<int>(threadIdx.x);
+  if (thread < params.program.count) {
+    rules::Node node = params.program.nodes[thread];
+    move_to_place(node.rows, place);
+    move_to_place(node.columns, place);
+    block.program.nodes[thread] = node;
+  }
+  if (thread < kBlockKeyTiles) block.visible[thread] = block.hidden[thread] = 0;
+  if (thread == 0) {
+    block.program.count = params.program.count;
+    block.program.heads = block.program.order_divisor = 1;
+    block.program.q_len = params.program.q_len;
+    block.program.kv_len = params.program.kv_len;
+    block.program.key_order = keys_at_place(params.program, place);
+    block.task_count = 0;
+  }
+  __syncthreads();
+}
+
+inline void summarize_ids(const ClassifyParams& params, int first_tile, ClassifyBlock& block) {
   int leaf = 0;
-  for (int i = 0; i < params.program.count; ++i) {
-    const rules::Node& node = params.program.nodes[i];
+  for (int i = 0; i < block.program.count; ++i) {
+    const rules::Node& node = block.program.nodes[i];
     if (node.op != rules::Op::kIds) continue;
-    for (int tile = warp; tile < kClassifyRowTiles; tile += kClassifyWarps) {
+    for (int tile = warp_index(); tile < kBlockRowTiles; tile += kClassifyWarps) {
       const int row = (first_tile + tile) * params.shape.rows;
-      const int end = rules::min_of(row + params.shape.rows, params.program.q_len);
-      const IdRange range = id_range(node, place, row, end);
-      if (lane == 0) table.ranges[leaf][tile] = range;
+      const int end = rules::min_of(row + params.shape.rows, block.program.q_len);
+      const IdRange range = id_range(node, row, end);
+      if (lane_index() == 0) block.ids[leaf][tile] = range;
     }
     ++leaf;
   }
   if (leaf == 0) return;
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < leaf * 5; i += kClassifyThreads) {
-    const int part = i % 5;  // a quarter of the strip, or (4) all of it
-    IdRange range = kNoIds;
-    for (int tile = part < 4 ? part * 8 : 0; tile < (part < 4 ? part * 8 + 8 : 32); ++tile) {
-      range.add(table.ranges[i / 5][tile]);
-    }
-    table.ranges[i / 5][kClassifyRowTiles + part] = range;
+  for (int i = static_cast<int>(threadIdx.x); i < leaf * kSpans; i += kClassifyThreads) {
+    IdRange* ranges = block.ids[i / kSpans];
+    IdRange all = kNoIds;
+    for (int tile = 0; tile < kSpanTiles; ++tile) all.add(ranges[i % kSpans * kSpanTiles + tile]);
+    ranges[kBlockRowTiles + i % kSpans] = all;
   }
   __syncthreads();
 }
 
-// The class of one key's column over the rows of a span. As rules::key_class, but for ids.
-inline rules::TileClass column_class(const rules::Program& program, rules::Place place,
-                                     const rules::Tile& tile, const IdTable& table, int span) {
+// What is known of one key's column over the rows of a tile or span.
+inline Known column_known(const ClassifyBlock& block, const rules::Tile& tile, int id_index) {
   rules::Stack stack;
   int leaf = 0;
-  for (int i = 0; i < program.count; ++i) {
-    const rules::Node& node = program.nodes[i];
+  for (int i = 0; i < block.program.count; ++i) {
+    const rules::Node& node = block.program.nodes[i];
     switch (node.op) {
-      case rules::Op::kNot: stack.top = rules::class_not(stack.top); break;
-      case rules::Op::kAnd: stack.join(rules::class_and(stack.top, stack.second)); break;
-      case rules::Op::kOr: stack.join(rules::class_or(stack.top, stack.second)); break;
+      case rules::Op::kNot:
+        stack.top = known_not(stack.top);
+        break;
+      case rules::Op::kAnd:
+        stack.join(known_and(stack.top, stack.second));
+        break;
+      case rules::Op::kOr:
+        stack.join(known_or(stack.top, stack.second));
+        break;
       case rules::Op::kIds: {
-        const int64_t id = rules::load_integer(node.columns, place,
-                                               tile.column_begin * node.columns.row_stride);
-        stack.push(id_range_class(table.ranges[leaf++][span], id));
+        const int64_t at = tile.column_begin * node.columns.row_stride;
+        const int64_t id = rules::load_integer(node.columns, {0, 0}, at);
+        stack.push(id_range_known(block.ids[leaf++][id_index], id));
         break;
       }
-      default: stack.push(rules::leaf_class(node, place, tile)); break;
+      case rules::Op::kDense:  // a plan has packed it: kBits
+        break;
+      default:
+        stack.push(surely(rules::leaf_class(node, {0, 0}, tile)));
+        break;
     }
   }
   return stack.top;
 }
 
-// The two words of one key tile: a bit for each of 32 row tiles.
-struct TileWords {
-  uint32_t visible;
-  uint32_t hidden;
-
-  void fill(int first, int count, rules::TileClass value) {
-    const uint32_t bits = rules::low_bits(count) << first;
-    if (value & rules::kVisible) visible |= bits;
-    if (value & rules::kHidden) hidden |= bits;
+// A warp looks at rows x columns (positions); stops when `enough` has been seen.
+inline Known look(const ClassifyBlock& block, const rules::Tile& tile, int id_index,
+                  Known enough) {
+  Known found = 0;
+  for (int begin = tile.column_begin; begin < tile.column_end && (found & enough) != enough;
+       begin += 32) {
+    const int position = begin + lane_index();
+    Known mine = 0;
+    if (position < tile.column_end) {
+      const int key = rules::key_at(block.program, {0, 0}, position);
+      mine = column_known(block, {tile.row_begin, tile.row_end, key, key + 1}, id_index);
+    }
+    found |= __reduce_or_sync(kWholeWarp, mine);
   }
-};
+  return found;
+}
 
-// The class that the pairs of a tile make, up to the first visible and hidden one.
-inline rules::TileClass pairs_class(const rules::Program& program, rules::Place place,
-                                    const rules::Tile& tile) {
-  const int lane = static_cast<int>(threadIdx.x % 32);
+// The class that the pairs of a tile make.
+inline rules::TileClass look_at_pairs(const ClassifyBlock& block, const rules::Tile& tile) {
   rules::TileClass found = 0;
   for (int first = tile.row_begin / rules::kWordRows * rules::kWordRows;
        first < tile.row_end && found != rules::kSome; first += rules::kWordRows) {
     const uint32_t rows = rules::run_word(tile.row_begin, tile.row_end, first);
     for (int begin = tile.column_begin; begin < tile.column_end && found != rules::kSome;
          begin += 32) {
-      const int column = begin + lane;
-      const uint32_t word =
-          column < tile.column_end ? rules::column_word(program, place, column, first) : 0u;
-      const rules::TileClass mine =
-          column < tile.column_end ? rules::class_of_word(word, rows) : 0u;
+      const int position = begin + lane_index();
+      rules::TileClass mine = 0;
+      if (position < tile.column_end) {
+        mine = rules::class_of_word(
+            rules::column_word(block.program, {0, 0}, position, first), rows);
+      }
       found |= __reduce_or_sync(kWholeWarp, mine);
     }
   }
   return found;
 }
 
-inline TileWords classify_key_tile(const ClassifyParams& params, rules::Place place, int key_tile,
-                                   int first_tile, const IdTable& table) {
-  const rules::Program& program = params.program;
-  const int column_begin = key_tile * params.shape.columns;
-  const int column_end = rules::min_of(column_begin + params.shape.columns, program.kv_len);
-  const int tiles = rules::min_of(kClassifyRowTiles, params.row_tiles - first_tile);
-  TileWords words = {0, 0};
-  int span = params.widest_span;
-  for (int first = 0; first < tiles;) {
-    const int row_begin = (first_tile + first) * params.shape.rows;
-    const int row_end = rules::min_of(row_begin + span * params.shape.rows, program.q_len);
-    rules::TileClass mine = 0;
-    for (int position = column_begin + static_cast<int>(threadIdx.x % 32);
-         position < column_end && mine != rules::kSome; position += 32) {
-      const int key = rules::key_at(program, place, position);
-      mine |= column_class(program, place, {row_begin, row_end, key, key + 1}, table,
-                           span_index(first, span));
+// The rows and columns of `count` row tiles from `row_tile` on, times a key tile.
+inline rules::Tile tile_at(const ClassifyParams& params, int row_tile, int count, int key_tile) {
+  const int row = row_tile * params.shape.rows;
+  const int column = key_tile * params.shape.columns;
+  return {row, rules::min_of(row + count * params.shape.rows, params.program.q_len), column,
+          rules::min_of(column + params.shape.columns, params.program.kv_len)};
+}
+
+// Lane 0 notes the class of `count` row tiles of the block.
+inline void note(ClassifyBlock& block, int key, int first, int count, rules::TileClass value) {
+  if (lane_index() != 0) return;
+  const uint32_t bits = rules::low_bits(count) << first;
+  if (value & rules::kVisible) atomicOr(&block.visible[key], bits);
+  if (value & rules::kHidden) atomicOr(&block.hidden[key], bits);
+}
+
+inline void look_at_spans(const ClassifyParams& params, int first_row, int first_key,
+                          ClassifyBlock& block) {
+  for (int i = warp_index(); i < kSpans * kBlockKeyTiles; i += kClassifyWarps) {
+    const int key = i % kBlockKeyTiles;
+    const int span = i / kBlockKeyTiles;
+    const int row = span * kSpanTiles;
+    const int count = rules::min_of(kSpanTiles, params.row_tiles - first_row - row);
+    if (count <= 0 || first_key + key >= params.key_tiles) continue;
+    rules::TileClass found = rules::kSome;
+    if (params.look_at_spans != 0 && count > 1) {
+      const rules::Tile tile = tile_at(params, first_row + row, count, first_key + key);
+      found = may_hold(look(block, tile, kBlockRowTiles + span, rules::kSome));
     }
-    rules::TileClass found = __reduce_or_sync(kWholeWarp, mine);
-    if (found == rules::kSome && span > 1) {
-      span = span == 32 ? 8 : 1;
+    if (found != rules::kSome) {
+      note(block, key, row, count, found);
       continue;
     }
-    if (found == rules::kSome && params.look_at_pairs) {
-      found = pairs_class(program, place, {row_begin, row_end, column_begin, column_end});
+    int at = 0;
+    if (lane_index() == 0) at = atomicAdd(&block.task_count, count);
+    at = __shfl_sync(kWholeWarp, at, 0);
+    if (lane_index() < count) {
+      block.tasks[at + lane_index()] =
+          static_cast<uint8_t>((row + lane_index()) * kBlockKeyTiles + key);
     }
-    words.fill(first, rules::min_of(span, tiles - first), found);
-    first += span;
-    if (first % 8 == 0) span = rules::min_of(params.widest_span, 8);
   }
-  // Columns beyond kv_len must be masked, so a tile that has some needs its bits.
-  const bool beyond_keys = column_begin + params.shape.columns > program.kv_len;
-  words.hidden = beyond_keys ? words.visible : words.hidden & words.visible;
-  return words;
+}
+
+inline void look_at_tiles(const ClassifyParams& params, int first_row, int first_key,
+                          ClassifyBlock& block) {
+  for (int i = warp_index(); i < block.task_count; i += kClassifyWarps) {
+    const int row = block.tasks[i] / kBlockKeyTiles;
+    const int key = block.tasks[i] % kBlockKeyTiles;
+    const rules::Tile tile = tile_at(params, first_row + row, 1, first_key + key);
+    const Known known = look(block, tile, row, rules::kSome * kSurely);
+    const bool settled = may_hold(known) == surely_holds(known);
+    note(block, key, row, 1, settled ? may_hold(known) : look_at_pairs(block, tile));
+  }
 }
 
 inline void classify(const ClassifyParams& params) {
-  __shared__ IdTable table;
-  __shared__ TileWords block_words[kClassifyWarps];
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
+  alignas(16) __shared__ unsigned char storage[sizeof(ClassifyBlock)];
+  ClassifyBlock& block = *reinterpret_cast<ClassifyBlock*>(storage);
   const int key_group = static_cast<int>(blockIdx.x % params.key_groups);
   const int rest = static_cast<int>(blockIdx.x / params.key_groups);
   const int row_group = rest % params.row_groups;
-  const int place_index = rest / params.row_groups;
-  const rules::Place place = {place_index / params.program.heads,
-                              place_index % params.program.heads};
-  const int first_tile = row_group * kClassifyRowTiles;
-  const int key_tile = key_group * kClassifyWarps + warp;
+  const int64_t place = rest / params.row_groups;
+  const int first_row = row_group * kBlockRowTiles;
+  const int first_key = key_group * kBlockKeyTiles;
 
-  fill_id_table(params, place, first_tile, table);
-  TileWords words = {0, 0};
-  if (key_tile < params.key_tiles) {
-    words = classify_key_tile(params, place, key_tile, first_tile, table);
-    const plan::TileMap& map = params.column_map;
-    if (map.visible != nullptr && lane == 0) {
-      const int64_t at = (int64_t{place_index} * map.outer_tiles + key_tile) * map.words + row_group;
-      map.visible[at] = words.visible;
-      map.hidden[at] = words.hidden;
-    }
-  }
-  if (lane == 0) block_words[warp] = words;
+  start_block(params,
+              {static_cast<int>(place / params.program.heads),
+               static_cast<int>(place % params.program.heads)},
+              block);
+  summarize_ids(params, first_row, block);
+  look_at_spans(params, first_row, first_key, block);
+  __syncthreads();
+  look_at_tiles(params, first_row, first_key, block);
   __syncthreads();
 
-  // Transpose: eight key tiles make one byte of each row tile's word.
-  const plan::TileMap& map = params.row_map;
-  const int row_tile = first_tile + lane;
-  if (map.visible == nullptr || warp >= 2 || row_tile >= params.row_tiles) return;
-  uint32_t byte = 0;
-  for (int i = 0; i < kClassifyWarps; ++i) {
-    const uint32_t word = warp == 0 ? block_words[i].visible : block_words[i].hidden;
-    byte |= ((word >> lane) & 1u) << i;
+  if (warp_index() != 0) return;
+  const int lane = lane_index();
+  if (lane < kBlockKeyTiles) {
+    // Columns beyond kv_len must be masked, so a tile that has some needs its bits.
+    const int key_tile = first_key + lane;
+    const bool beyond_keys = (key_tile + 1) * params.shape.columns > params.program.kv_len;
+    block.hidden[lane] = beyond_keys ? block.visible[lane] : block.hidden[lane] & block.visible[lane];
+    const plan::TileMap& map = params.column_map;
+    if (map.visible != nullptr && key_tile < params.key_tiles) {
+      const int64_t at = (place * map.outer_tiles + key_tile) * map.words + row_group;
+      map.visible[at] = block.visible[lane];
+      map.hidden[at] = block.hidden[lane];
+    }
   }
-  uint8_t* bytes = reinterpret_cast<uint8_t*>(warp == 0 ? map.visible : map.hidden);
-  const int64_t row = int64_t{place_index} * map.outer_tiles + row_tile;
-  bytes[row * map.words * 4 + key_group] = static_cast<uint8_t>(byte);
+  __syncwarp();
+  const plan::TileMap& map = params.row_map;
+  const int row_tile = first_row + lane;
+  if (map.visible == nullptr || row_tile >= params.row_tiles) return;
+  uint32_t visible = 0, hidden = 0;
+  for (int key = 0; key < kBlockKeyTiles; ++key) {
+    visible |= (block.visible[key] >> lane & 1u) << key;
+    hidden |= (block.hidden[key] >> lane & 1u) << key;
+  }
+  const int64_t at = (place * map.outer_tiles + row_tile) * map.words * 4 + key_group;
+  reinterpret_cast<uint8_t*>(map.visible)[at] = static_cast<uint8_t>(visible);
+  reinterpret_cast<uint8_t*>(map.hidden)[at] = static_cast<uint8_t>(hidden);
 }
 
 // ---- count and order -----------------------------------------------------------------------------------

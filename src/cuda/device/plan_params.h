@@ -6,10 +6,13 @@
 
 namespace anymask::cuda {
 
-// A block of `classify` answers for 32 row tiles x 8 key tiles: a warp a key tile. So a warp's
-// answer is one word of the column map, and the block's one byte for each of 32 rows of the row map.
-inline constexpr int kClassifyWarps = 8;
-inline constexpr int kClassifyRowTiles = 32;
+// A block of `classify` answers for 32 row tiles x 8 key tiles: eight words of the column map and a
+// byte of each of 32 words of the row map. Its warps first look at spans of 8 row tiles of a key
+// tile, then share the tiles of those that are mixed.
+inline constexpr int kBlockRowTiles = 32;
+inline constexpr int kBlockKeyTiles = 8;
+inline constexpr int kSpanTiles = 8;
+inline constexpr int kClassifyWarps = 16;
 inline constexpr int kClassifyThreads = 32 * kClassifyWarps;
 
 struct ClassifyParams {
@@ -17,10 +20,9 @@ struct ClassifyParams {
   plan::TileShape shape;
   int32_t row_tiles;
   int32_t key_tiles;
-  int32_t row_groups;     // of 32 row tiles
-  int32_t key_groups;     // of 8 key tiles: enough for whole words of the row map
-  int32_t widest_span;    // row tiles that are asked about at once: 32, or 1
-  int32_t look_at_pairs;  // classes may say `some` where the pairs are all alike: look
+  int32_t row_groups;        // of 32 row tiles
+  int32_t key_groups;        // of 8 key tiles: enough for whole words of the row map
+  int32_t look_at_spans;     // 0: straight to the tiles
   plan::TileMap row_map;     // visible == nullptr: not wanted
   plan::TileMap column_map;  // likewise
 };
@@ -33,6 +35,24 @@ struct OrderParams {
   plan::TileMap maps[kMaxMaps];
   int32_t map_count;
   int32_t places;
+};
+
+// The order of keys: a thread a key to see its rows, a block a place to sort.
+inline constexpr int kSeeThreads = 128;
+inline constexpr int kSortWarps = 32;
+inline constexpr int kSortThreads = 32 * kSortWarps;
+
+struct KeyRows {
+  int32_t first, last;  // rows [first, last) hold all that see the key; last 0: none does
+};
+
+struct KeyOrderParams {
+  rules::Program program;  // dense leaves packed, keys as they come
+  int32_t tile_columns;
+  int32_t key_blocks;  // blocks of see_keys across kv_len
+  KeyRows* seen;       // [places][kv_len]
+  uint64_t* items;     // [places][2][kv_len]
+  int32_t* order;      // [places][kv_len]: position -> key
 };
 
 // Packs dense[batch][head][row][column] != 0 into words[batch][head][row / 32][column]. Heads here

@@ -13,6 +13,11 @@
 
 namespace anymask::cuda {
 
+// Waits until as many key tiles as `turn` have added to a tile of dQ.
+__device__ __forceinline__ void await_turn(const int32_t* turns, int turn) {
+  while (ptx::load_acquire(turns) != turn) __nanosleep(32);
+}
+
 inline constexpr int kPieceValues = kBackwardRows / 2;  // of a thread, in a 64 x 64 piece
 
 template <bool kHalf>
@@ -92,14 +97,35 @@ __device__ __forceinline__ void store_fragments(uint32_t address,
   }
 }
 
-// Adds a warpgroup's part of dQ from registers to the workspace.
-template <int kValues, int kCount>
-__device__ __forceinline__ void add_q_grads(float* to, int thread, const float (&values)[kCount]) {
-  to += 4 * thread;
+__device__ __forceinline__ void load_fragments(uint32_t address,
+                                               uint32_t (&packed)[kPieceValues / 2]) {
 #pragma unroll
-  for (int i = 0; i < kValues / 4; ++i) {
+  for (int step = 0; step < kBackwardRows / 16; ++step) {
+    ptx::load_matrices(address ^ (step << 5), &packed[4 * step]);
+  }
+}
+
+// Adds a warpgroup's part of dQ from registers to the workspace; ordered: when its turn has come.
+template <BackwardConfig C, int kCount>
+__device__ __forceinline__ void add_in_turn(const BackwardParams& p, const BackwardStep& step, int w,
+                                            int thread, const float (&values)[kCount]) {
+  constexpr int kFloats = kBackwardRows * C.part_depth();
+  float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
+              w * kFloats + 4 * thread;
+  int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile) + w;
+  if constexpr (C.ordered != 0) {
+    if (thread == 0) await_turn(turns, step.turn);
+    ptx::named_sync(kTurnBarrier + w, 128);
+  }
+#pragma unroll
+  for (int i = 0; i < kFloats / 512; ++i) {
     ptx::add_four(to + 512 * i, values[4 * i], values[4 * i + 1], values[4 * i + 2],
                   values[4 * i + 3]);
+  }
+  if constexpr (C.ordered != 0) {
+    __threadfence();
+    ptx::named_sync(kTurnBarrier + w, 128);
+    if (thread == 0) ptx::add_release(turns, 1);
   }
 }
 

@@ -41,12 +41,6 @@ struct BackwardMath {
   uint32_t kv_parity = 0;
   uint32_t slopes_parity = 1;  // of slopes_empty
   uint32_t q_grad_parity = 1;  // of q_grad_empty
-  float k_grad[C.depth / 2];
-  float v_grad[C.value_depth / 2];
-  float scores[kPieceValues];       // S, then P
-  float other[kPieceValues];        // dP, then dQ
-  uint32_t weights[kPieceValues / 2];  // P, packed as the A operand of dV
-  uint32_t slopes[kPieceValues / 2];   // dS, of dK
 
   // One arrival a warp.
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
@@ -72,7 +66,8 @@ struct BackwardMath {
     }
   }
 
-  __device__ __forceinline__ void issue_v_grad(int stage, bool started) {
+  __device__ __forceinline__ void issue_v_grad(float (&v_grad)[C.value_depth / 2],
+                                               uint32_t (&weights)[kPieceValues / 2], int stage) {
     const uint32_t b = ptx::lower_mn_major(shared.out_grad[stage], kRowSlabBytes);
     ptx::pin(weights);
     ptx::pin(v_grad);
@@ -80,12 +75,13 @@ struct BackwardMath {
 #pragma unroll
     for (int i = 0; i < kBackwardRows / 16; ++i) {
       ValueProduct::product_rs(v_grad, &weights[4 * i], ptx::descriptor(b + i * kSlabRowBytes),
-                               started || i > 0);
+                               true);
     }
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void issue_k_grad(int stage, bool started) {
+  __device__ __forceinline__ void issue_k_grad(float (&k_grad)[C.depth / 2],
+                                               uint32_t (&slopes)[kPieceValues / 2], int stage) {
     const uint32_t b = ptx::lower_mn_major(shared.q[stage], kRowSlabBytes);
     ptx::pin(k_grad);
     if constexpr (C.slope_operand == 0) ptx::pin(slopes);
@@ -94,19 +90,19 @@ struct BackwardMath {
     for (int i = 0; i < kBackwardRows / 16; ++i) {
       if constexpr (C.slope_operand == 0) {
         KeyProduct::product_rs(k_grad, &slopes[4 * i], ptx::descriptor(b + i * kSlabRowBytes),
-                               started || i > 0);
+                               true);
       } else {
         const uint32_t a =
             ptx::lower_k_major(shared.slopes) + (w * 64 * kSlabRowBytes + i * 32) / 16;
         KeyProductShared::run(k_grad, ptx::descriptor(a),
-                              ptx::descriptor(b + i * kSlabRowBytes), started || i > 0);
+                              ptx::descriptor(b + i * kSlabRowBytes), true);
       }
     }
     ptx::wgmma_commit();
   }
 
   // This warpgroup's part of the depth, over all 128 keys.
-  __device__ __forceinline__ void issue_q_grad() {
+  __device__ __forceinline__ void issue_q_grad(float (&other)[kPieceValues]) {
     constexpr int kParts = kSlabColumns / C.part_depth();  // parts of a slab: 1, or 2 at D = 64
     const uint32_t a = ptx::lower_mn_major(shared.slopes, kKeySlabBytes);
     const uint32_t b = ptx::lower_mn_major(shared.k[w / kParts], kKeySlabBytes) +
@@ -129,7 +125,9 @@ struct BackwardMath {
             C.ordered != 0 && C.staged == 0 ? ptx::uniform(step.turn) : step.turn, 0};
   }
 
-  __device__ __forceinline__ void make_weights(const BackwardStep& step, int stage) {
+  __device__ __forceinline__ void make_weights(const BackwardStep& step, int stage,
+                                               float (&scores)[kPieceValues],
+                                               uint32_t (&weights)[kPieceValues / 2]) {
     weights_from_scores(scores, shared.stats[stage][0], p.scale_log2, lane % 4);
     if (step.partial != 0) {
       uint32_t words[2][2];
@@ -145,13 +143,21 @@ struct BackwardMath {
     }
   }
 
-  __device__ __forceinline__ void make_slopes(int stage) {
-    pack_slopes<kHalf>(other, shared.stats[stage][1], lane % 4, [&](int i) { return scores[i]; },
-                       slopes);
+  // With dK's operand in registers there is none left for P in float32: it comes back from its
+  // packed form.
+  __device__ __forceinline__ void make_slopes(int stage, float (&scores)[kPieceValues],
+                                              const float (&other)[kPieceValues],
+                                              const uint32_t (&weights)[kPieceValues / 2],
+                                              uint32_t (&slopes)[kPieceValues / 2]) {
+    const auto weight = [&](int i) {
+      if constexpr (C.slope_operand != 0) return scores[i];
+      return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2]) : ptx::high_of<kHalf>(weights[i / 2]);
+    };
+    pack_slopes<kHalf>(other, shared.stats[stage][1], lane % 4, weight, slopes);
   }
 
   // dS to shared memory, where both warpgroups read all of it.
-  __device__ __forceinline__ void publish_slopes() {
+  __device__ __forceinline__ void publish_slopes(const uint32_t (&slopes)[kPieceValues / 2]) {
     shared.slopes_empty.wait(slopes_parity);
     slopes_parity ^= 1;
     store_fragments(fragment_address(shared.slopes, 64 * w + 16 * warp, lane), slopes);
@@ -159,7 +165,7 @@ struct BackwardMath {
     ptx::named_sync(kSlopesBarrier, 128 * kBackwardWarpgroups);
   }
 
-  __device__ __forceinline__ void send_q_grad(const BackwardStep& step) {
+  __device__ __forceinline__ void send_q_grad(const BackwardStep& step, const float (&other)[kPieceValues]) {
     const int thread = 32 * warp + lane;
     if constexpr (C.staged != 0) {
       shared.q_grad_empty[w].wait(q_grad_parity);
@@ -173,90 +179,96 @@ struct BackwardMath {
       ptx::fence_async_shared();
       arrive(shared.q_grad_full[w]);
     } else {
-      float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
-                  w * kBackwardRows * C.part_depth();
-      int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile) + w;
-      if constexpr (C.ordered != 0) {
-        if (thread == 0) await_turn(turns, step.turn);
-        ptx::named_sync(kTurnBarrier + w, 128);
-      }
-      add_q_grads<kSumValues>(to, thread, other);
-      if constexpr (C.ordered != 0) {
-        __threadfence();
-        ptx::named_sync(kTurnBarrier + w, 128);
-        if (thread == 0) ptx::add_release(turns, 1);
-      }
+      add_in_turn<C>(p, step, w, thread, other);
     }
   }
 
   // ---- an item ----
 
-  __device__ __forceinline__ void issue_scores() {
+  __device__ __forceinline__ void issue_scores(float (&scores)[kPieceValues]) {
     shared.q_full[q_ring.slot].wait(q_ring.parity);
     issue_piece<C.depth>(scores, shared.k, shared.q[q_ring.slot]);
   }
 
-  __device__ __forceinline__ void issue_weight_grads() {
+  __device__ __forceinline__ void issue_weight_grads(float (&other)[kPieceValues]) {
     shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
     issue_piece<C.value_depth>(other, shared.v, shared.out_grad[o_ring.slot]);
   }
 
-  __device__ __forceinline__ void all_steps(int steps) {
+  // One row tile. On entry its S is ready and its dP issued; kMore: on return so are those of
+  // the next.
+  //
+  // Some wait has to be for everything, or the compiler loses track of what is in flight from one turn
+  // of the loop to the next and serialises all products (C7514): it is the one for dP, behind which
+  // nothing is queued but what the other warpgroup has.
+  template <bool kMore>
+  __device__ __forceinline__ void one_step(float (&scores)[kPieceValues],
+                                           float (&other)[kPieceValues],
+                                           float (&k_grad)[C.depth / 2],
+                                           float (&v_grad)[C.value_depth / 2]) {
+    uint32_t weights[kPieceValues / 2];  // P, packed as the A operand of dV
+    uint32_t slopes[kPieceValues / 2];   // dS, of dK
+    const int now = q_ring.slot;
+    const BackwardStep step = read_step(now);
+    q_ring.next();
+
+    make_weights(step, now, scores, weights);
+    ptx::wgmma_wait<0>();  // dP
+    ptx::pin(other);
+    issue_v_grad(v_grad, weights, o_ring.slot);
+    make_slopes(now, scores, other, weights, slopes);
+    if constexpr (kMore) {
+      issue_scores(scores);
+      ptx::wgmma_commit();
+    }
+    publish_slopes(slopes);
+    ptx::wgmma_wait<kMore ? 1 : 0>();  // dV
+    ptx::pin(weights);
+    arrive(shared.out_grad_empty[o_ring.slot]);
+    o_ring.next();
+    issue_q_grad(other);
+    issue_k_grad(k_grad, slopes, now);
+    ptx::wgmma_wait<1>();  // all but dK
+    ptx::pin(other);
+    if constexpr (C.slope_operand == 0) arrive(shared.slopes_empty);
+    send_q_grad(step, other);
+    if constexpr (kMore) {
+      issue_weight_grads(other);
+      ptx::wgmma_commit();
+      ptx::wgmma_wait<1>();  // dK
+    } else {
+      ptx::wgmma_wait<0>();
+      ptx::pin(v_grad);
+    }
+    ptx::pin(k_grad);
+    ptx::pin(slopes);
+    arrive(shared.q_empty[now]);
+    if constexpr (C.slope_operand != 0) arrive(shared.slopes_empty);
+  }
+
+  __device__ __forceinline__ void all_steps(int steps, float (&k_grad)[C.depth / 2],
+                                            float (&v_grad)[C.value_depth / 2]) {
+    float scores[kPieceValues];  // S, then P
+    float other[kPieceValues];   // dP, then dQ
     shared.k_full.wait(kv_parity);
-    issue_scores();
+    issue_scores(scores);
     ptx::wgmma_commit();
     shared.v_full.wait(kv_parity);
     kv_parity ^= 1;
-    issue_weight_grads();
+    issue_weight_grads(other);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::pin(scores);
-
+    // The last step is a copy of its own: a product issued under an `if` makes the compiler
+    // serialise them all.
 #pragma unroll 1
-    for (int t = 0; t < steps; ++t) {
-      const bool more = t + 1 < steps;
-      const Ring<C.q_stages> now = q_ring;
-      const int before = now.slot == 0 ? C.q_stages - 1 : now.slot - 1;
-      const BackwardStep step = read_step(now.slot);
-      q_ring.next();
-
-      make_weights(step, now.slot);
-      issue_v_grad(o_ring.slot, t > 0);
-      ptx::wgmma_wait<1>();  // dP, and dK of the step before
-      ptx::pin(other);
-      ptx::pin(slopes);
-      if (t > 0) arrive(shared.q_empty[before]);
-      make_slopes(now.slot);
-      ptx::pin(scores);
-      if (more) issue_scores();
-      ptx::wgmma_commit();
-
-      publish_slopes();
-      issue_q_grad();
-      issue_k_grad(now.slot, t > 0);
-      ptx::wgmma_wait<1>();  // all but dK
-      ptx::pin(other);
-      ptx::pin(scores);
-      ptx::pin(weights);
-      arrive(shared.out_grad_empty[o_ring.slot]);
-      o_ring.next();
-      if constexpr (C.slope_operand == 0) arrive(shared.slopes_empty);
-      send_q_grad(step);
-      if (more) issue_weight_grads();
-      ptx::wgmma_commit();
-      if constexpr (C.slope_operand != 0) {
-        ptx::wgmma_wait<1>();
-        arrive(shared.slopes_empty);
-      }
-    }
-    ptx::wgmma_wait<0>();
-    ptx::pin(k_grad);
-    ptx::pin(v_grad);
-    arrive(shared.q_empty[q_ring.slot == 0 ? C.q_stages - 1 : q_ring.slot - 1]);
+    for (int t = 1; t < steps; ++t) one_step<true>(scores, other, k_grad, v_grad);
+    one_step<false>(scores, other, k_grad, v_grad);
     arrive(shared.kv_empty);
   }
 
-  __device__ __forceinline__ void store(const BackwardItem& item) {
+  __device__ __forceinline__ void store(const BackwardItem& item, const float (&k_grad)[C.depth / 2],
+                                        const float (&v_grad)[C.value_depth / 2]) {
     const int first = item.key_tile * C.columns() + 64 * w;
     const int keys = p.kv_len - first;
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
@@ -279,15 +291,13 @@ struct BackwardMath {
                                  ptx::uniform(slot.kv_head), ptx::uniform(slot.steps)};
       arrive(shared.item_empty[items.slot]);
       if (item.steps < 0) break;
-      if (item.steps > 0) {
-        all_steps(item.steps);
-      } else {
+      float k_grad[C.depth / 2], v_grad[C.value_depth / 2];
 #pragma unroll
-        for (int i = 0; i < C.depth / 2; ++i) k_grad[i] = 0.0f;
+      for (int i = 0; i < C.depth / 2; ++i) k_grad[i] = 0.0f;
 #pragma unroll
-        for (int i = 0; i < C.value_depth / 2; ++i) v_grad[i] = 0.0f;
-      }
-      store(item);
+      for (int i = 0; i < C.value_depth / 2; ++i) v_grad[i] = 0.0f;
+      if (item.steps > 0) all_steps(item.steps, k_grad, v_grad);
+      store(item, k_grad, v_grad);
     }
   }
 };

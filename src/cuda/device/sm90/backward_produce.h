@@ -5,6 +5,7 @@
 #include "cuda/device/ptx/bulk.h"
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/tma.h"
+#include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
 #include "rules/evaluate.h"
 
@@ -19,7 +20,17 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   Ring<kItemSlots> items;
   Ring<C.q_stages> q_ring;
   Ring<C.o_stages> o_ring;
+  Ring<C.bit_slots> bit_ring;
   uint32_t kv_parity = 1;
+  // A slot is free when the math warps have read its bits.
+  auto ask_for_bits = [&](const BitRequest& request) {
+    shared.bits_empty[bit_ring.slot].wait(bit_ring.parity ^ 1);
+    if (lane == 0) {
+      shared.requests[bit_ring.slot] = request;
+      shared.request_full[bit_ring.slot].arrive();
+    }
+    bit_ring.next();
+  };
 
   for (int index = blockIdx.x;; items.next()) {
     BackwardItem item = {0, 0, 0, -1};
@@ -39,10 +50,11 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     for (int i = 0; i < p.group_heads; ++i) {
       const int head = item.kv_head * p.group_heads + i;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
-      for_each_row_tile<false>(p, item, head, lane, [&](int tile, uint32_t partial) {
+      for_each_row_tile(p, item, head, lane, [&](int tile, uint32_t partial) {
         BackwardStep step = {first_tile + tile, static_cast<int32_t>(partial), 0, 0};
         if constexpr (C.ordered != 0) step.turn = turn_of(p, item, head, tile, lane);
         const int row = tile * kBackwardRows;
+        if (partial != 0) ask_for_bits({item.key_tile, tile, item.batch, head});
         shared.q_empty[q_ring.slot].wait(q_ring.parity ^ 1);
         if (lane == 0) {
           ptx::Barrier& full = shared.q_full[q_ring.slot];
@@ -95,6 +107,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     }
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
   }
+  ask_for_bits({0, -1, 0, 0});
 }
 
 // ---- warps that make mask bits ----------------------------------------------------------------------
@@ -106,50 +119,33 @@ template <BackwardConfig C>
 __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardShared<C>& shared,
                                               int index, int lane) {
   using Shared = BackwardShared<C>;
-  Ring<kItemSlots> items;
   Ring<C.bit_slots> slots;
   int turn = 0;  // whose turn the next 32 keys are
-  for (;; items.next()) {
-    shared.item_full[items.slot].wait(items.parity);
-    const BackwardItem item = shared.items[items.slot];
-    __syncwarp();
-    if (lane == 0) shared.item_empty[items.slot].arrive();
-    if (item.steps < 0) break;
-
+  for (;; slots.next()) {
+    shared.request_full[slots.slot].wait(slots.parity);
+    const BitRequest request = shared.requests[slots.slot];
+    if (request.row_tile < 0) break;
+    const rules::Place place = mask_place(p, request.batch, request.head);
 #pragma unroll 1
-    for (int i = 0; i < p.group_heads; ++i) {
-      const int head = item.kv_head * p.group_heads + i;
-      const rules::Place place = mask_place(p, item.batch, head);
-      for_each_row_tile<true>(p, item, head, lane, [&](int tile, uint32_t) {
+    for (int first = 0; first < C.columns(); first += 32) {
+      const bool mine = turn == index;
+      turn = turn == Shared::kKeyBitWarps - 1 ? 0 : turn + 1;
+      if (!mine) continue;
+      const int column = request.key_tile * C.columns() + first + lane;
+      // One word after the other: the rules are inlined once and 32 registers are enough.
 #pragma unroll 1
-        for (int first = 0; first < C.columns(); first += 32) {
-          const bool mine = turn == index;
-          turn = turn == Shared::kKeyBitWarps - 1 ? 0 : turn + 1;
-          if (!mine) continue;
-          const int column = item.key_tile * C.columns() + first + lane;
-          const int row = tile * kBackwardRows;
-          uint32_t words[2] = {0, 0};
-          if (column < p.kv_len) {
-            words[0] = rules::column_word(p.program, place, column, row);
-            if (row + 32 < p.q_len) {
-              words[1] = rules::column_word(p.program, place, column, row + 32);
-            }
-          }
-          shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
-          *reinterpret_cast<uint2*>(shared.bits[slots.slot][first + lane]) = {words[0], words[1]};
-          __syncwarp();
-          if (lane == 0) shared.bits_full[slots.slot].arrive();
+      for (int half = 0; half < 2; ++half) {
+        const int row = request.row_tile * kBackwardRows + 32 * half;
+        uint32_t word = 0;
+        if (column < p.kv_len && row < p.q_len) {
+          word = rules::column_word(p.program, place, column, row);
         }
-        slots.next();
-      });
+        shared.bits[slots.slot][first + lane][half] = word;
+      }
+      __syncwarp();
+      if (lane == 0) shared.bits_full[slots.slot].arrive();
     }
   }
-}
-
-// ---- ordered sums ------------------------------------------------------------------------------------
-
-__device__ __forceinline__ void await_turn(const int32_t* turns, int turn) {
-  while (ptx::load_acquire(turns) != turn) __nanosleep(32);
 }
 
 // ---- the warp that sends dQ away (staged) ------------------------------------------------------------

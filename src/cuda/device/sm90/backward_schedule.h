@@ -49,9 +49,9 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   return item;
 }
 
-// Calls visit(row tile, partial) for the row tiles that the item's key tile meets under `head`, or
-// (kPartialOnly) those of them that need bits, in ascending order, with the whole warp converged.
-template <bool kPartialOnly, typename Visit>
+// Calls visit(row tile, partial) for the row tiles that the item's key tile meets under `head`, in
+// ascending order, with the whole warp converged.
+template <typename Visit>
 __device__ __forceinline__ void for_each_row_tile(const BackwardParams& p,
                                                   const BackwardItem& item, int head, int lane,
                                                   Visit&& visit) {
@@ -63,8 +63,7 @@ __device__ __forceinline__ void for_each_row_tile(const BackwardParams& p,
   for (int base = 0; base < map.words; base += 32) {
     const bool inside = base + lane < map.words;
     const uint32_t my_hidden = inside ? hidden[base + lane] : 0;
-    uint32_t my_tiles = inside ? visible[base + lane] : 0;
-    if (kPartialOnly) my_tiles &= my_hidden;
+    const uint32_t my_tiles = inside ? visible[base + lane] : 0;
     uint32_t owners = __ballot_sync(0xffffffffu, my_tiles != 0);
 #pragma unroll 1
     while (owners != 0) {

@@ -23,6 +23,14 @@ struct BackwardStep {
   int32_t padding;
 };
 
+// Bits that a warp is to make: of one row tile and key tile. row_tile < 0: no more work.
+struct BitRequest {
+  int32_t key_tile;
+  int32_t row_tile;
+  int32_t batch;
+  int32_t head;
+};
+
 // Numbered barriers: pairs of warpgroups meet, and one warpgroup by itself.
 inline constexpr int kSlopesBarrier = 1;   // dS is in shared memory
 inline constexpr int kWeightsBarrier = 2;  // wide: P is
@@ -52,11 +60,12 @@ struct BackwardShared {
   ptx::Barrier out_grad_full[C.o_stages], out_grad_empty[C.o_stages];
   ptx::Barrier slopes_empty, weights_empty;
   ptx::Barrier q_grad_full[kBackwardWarpgroups], q_grad_empty[kBackwardWarpgroups];
-  ptx::Barrier bits_full[C.bit_slots], bits_empty[C.bit_slots];
+  ptx::Barrier request_full[C.bit_slots], bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
 
   BackwardStep steps[C.q_stages];
   BackwardStep staged_step[kBackwardWarpgroups];  // whose dQ lies in q_grad
+  BitRequest requests[C.bit_slots];
   BackwardItem items[kItemSlots];
 
   static constexpr int kMathArrivals = kMathWarps * kBackwardWarpgroups;
@@ -89,12 +98,13 @@ struct BackwardShared {
       q_grad_empty[w].init(1);
     }
     for (int s = 0; s < C.bit_slots; ++s) {
+      request_full[s].init(1);
       bits_full[s].init(kColumns / 32);
-      bits_empty[s].init(kMathArrivals);
+      bits_empty[s].init(C.wide != 0 ? kMathWarps : kMathArrivals);
     }
     for (int s = 0; s < kItemSlots; ++s) {
       item_full[s].init(1);
-      item_empty[s].init(kMathArrivals + kKeyBitWarps + (C.staged != 0 ? 1 : 0));
+      item_empty[s].init(kMathArrivals + (C.staged != 0 ? 1 : 0));
     }
     ptx::fence_barrier_init();
   }

@@ -1,6 +1,224 @@
+// A math warpgroup of the Hopper backward kernel for head dimensions up to 256. dK and dV of 64 keys
+// are as many registers as two warpgroups have, so each owns half of the depth of the same 64 keys.
+//
+// The 64 x 64 piece of a step is shared out by product: warpgroup 0 makes S and P, warpgroup 1 dP and
+// dS. Both reach the other through shared memory, where dV, dK and dQ read them. Giving each half of
+// both pieces instead would read K and V twice: 192 KB a step for S and dP, not 128 KB.
 #pragma once
-#include "cuda/device/sm90/backward_math.h"
+
+#include "cuda/device/ptx/wgmma_shared.h"
+#include "cuda/device/sm90/backward_elements.h"
+#include "cuda/device/sm90/backward_store.h"
+
 namespace anymask::cuda {
+
 template <BackwardConfig C>
-struct BackwardWide;
-}
+struct BackwardWide {
+  using Shared = BackwardShared<C>;
+  static constexpr bool kHalf = C.half != 0;
+  static constexpr ptx::Element kElement = kHalf ? ptx::Element::kF16 : ptx::Element::kBf16;
+  static constexpr int kPart = C.part_depth();
+  static constexpr int kPartSlabs = kPart / kSlabColumns;
+  static constexpr int kSlabBytes = 64 * kSlabRowBytes;  // of every operand here
+  using ScoreProduct = ptx::Wgmma<kElement, kBackwardRows>;
+  using GradProduct = ptx::SharedProduct<kElement, kPart, false>;
+  using QueryProduct = ptx::SharedProduct<kElement, kPart, true>;
+
+  const BackwardParams& p;
+  Shared& shared;
+  const int w;     // warpgroup
+  const int warp;  // in the warpgroup
+  const int lane;
+
+  Ring<C.q_stages> q_ring;
+  Ring<C.o_stages> o_ring;
+  Ring<C.bit_slots> bit_ring;
+  uint32_t kv_parity = 0;
+  uint32_t weights_parity = 1;  // of weights_empty
+
+  __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
+    __syncwarp();
+    if (lane == 0) barrier.arrive();
+  }
+
+  // ---- products ----
+
+  // Warpgroup 0: S = K Q^T. Warpgroup 1: dP = V dO^T.
+  __device__ __forceinline__ void issue_piece(float (&piece)[kPieceValues]) {
+    shared.q_full[q_ring.slot].wait(q_ring.parity);
+    shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
+    const uint32_t a = w == 0 ? ptx::lower_k_major(shared.k) : ptx::lower_k_major(shared.v);
+    const uint32_t b = w == 0 ? ptx::lower_k_major(shared.q[q_ring.slot])
+                              : ptx::lower_k_major(shared.out_grad[o_ring.slot]);
+    ptx::pin(piece);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C.depth / 16; ++i) {
+      const int offset = (i / 4 * kSlabBytes + i % 4 * 32) / 16;
+      ScoreProduct::product_ss(piece, ptx::descriptor(a + offset), ptx::descriptor(b + offset),
+                               i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // dV += P^T dO or dK += dS^T Q, this warpgroup's columns.
+  __device__ __forceinline__ void issue_grad(float (&grad)[kPart / 2], const void* piece,
+                                             const void* rows) {
+    const uint32_t a = ptx::lower_k_major(piece);
+    const uint32_t b =
+        ptx::lower_mn_major(rows, kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
+    ptx::pin(grad);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kBackwardRows / 16; ++i) {
+      GradProduct::run(grad, ptx::descriptor(a + i * 2), ptx::descriptor(b + i * kSlabRowBytes),
+                       true);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void issue_q_grad(float (&q_grad)[kPart / 2]) {
+    const uint32_t a = ptx::lower_mn_major(shared.slopes, kSlabBytes);
+    const uint32_t b =
+        ptx::lower_mn_major(shared.k, kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
+    ptx::pin(q_grad);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C.columns() / 16; ++i) {
+      QueryProduct::run(q_grad, ptx::descriptor(a + i * kSlabRowBytes),
+                        ptx::descriptor(b + i * kSlabRowBytes), i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // ---- between the products ----
+
+  __device__ __forceinline__ void publish_weights(const BackwardStep& step, int stage,
+                                                  float (&piece)[kPieceValues]) {
+    weights_from_scores(piece, shared.stats[stage][0], p.scale_log2, lane % 4);
+    if (step.partial != 0) {
+      uint32_t words[2][2];
+      shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+      read_words(shared.bits[bit_ring.slot], 16 * warp + lane / 4, lane % 4, words);
+      arrive(shared.bits_empty[bit_ring.slot]);
+      bit_ring.next();
+      hide(piece, words);
+    }
+    uint32_t packed[kPieceValues / 2];
+#pragma unroll
+    for (int i = 0; i < kPieceValues; i += 2) {
+      packed[i / 2] = pack_pair<kHalf>(piece[i], piece[i + 1]);
+    }
+    shared.weights_empty.wait(weights_parity);
+    weights_parity ^= 1;
+    store_fragments(fragment_address(shared.weights, 16 * warp, lane), packed);
+    ptx::fence_async_shared();
+  }
+
+  __device__ __forceinline__ void publish_slopes(int stage, const float (&piece)[kPieceValues]) {
+    uint32_t weights[kPieceValues / 2], slopes[kPieceValues / 2];
+    load_fragments(fragment_address(shared.weights, 16 * warp, lane), weights);
+    pack_slopes<kHalf>(
+        piece, shared.stats[stage][1], lane % 4,
+        [&](int i) {
+          return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2])
+                            : ptx::high_of<kHalf>(weights[i / 2]);
+        },
+        slopes);
+    store_fragments(fragment_address(shared.slopes, 16 * warp, lane), slopes);
+    ptx::fence_async_shared();
+  }
+
+  // ---- an item ----
+
+  // One row tile; its piece is issued. kMore: on return the next one's is.
+  template <bool kMore>
+  __device__ __forceinline__ void one_step(float (&piece)[kPieceValues], float (&k_grad)[kPart / 2],
+                                           float (&v_grad)[kPart / 2]) {
+    const int q_slot = q_ring.slot, o_slot = o_ring.slot;
+    const BackwardStep& read = shared.steps[q_slot];
+    const BackwardStep step = {ptx::uniform(read.row_tile), ptx::uniform(read.partial), read.turn,
+                               0};
+    q_ring.next();
+    o_ring.next();
+
+    // Everything: the piece, and dK of the step before. So whoever passes the next barrier no longer
+    // reads dS of the step before.
+    ptx::wgmma_wait<0>();
+    ptx::pin(piece);
+    ptx::pin(k_grad);
+    ptx::pin(v_grad);
+    if (w == 0) publish_weights(step, q_slot, piece);
+    ptx::named_sync(kWeightsBarrier, 128 * kBackwardWarpgroups);
+    issue_grad(v_grad, shared.weights, shared.out_grad[o_slot]);
+    if (w == 1) publish_slopes(q_slot, piece);
+    ptx::named_sync(kSlopesBarrier, 128 * kBackwardWarpgroups);
+
+    float q_grad[kPart / 2];
+    issue_q_grad(q_grad);
+    issue_grad(k_grad, shared.slopes, shared.q[q_slot]);
+    ptx::wgmma_wait<1>();  // all but dK
+    ptx::pin(q_grad);
+    if (w == 1) arrive(shared.weights_empty);
+    arrive(shared.out_grad_empty[o_slot]);
+    add_in_turn<C>(p, step, w, 32 * warp + lane, q_grad);
+    if constexpr (kMore) {
+      issue_piece(piece);
+      ptx::wgmma_wait<1>();  // dK
+    } else {
+      ptx::wgmma_wait<0>();
+      ptx::pin(v_grad);
+    }
+    ptx::pin(k_grad);
+    arrive(shared.q_empty[q_slot]);
+  }
+
+  __device__ __forceinline__ void all_steps(int steps, float (&k_grad)[kPart / 2],
+                                            float (&v_grad)[kPart / 2]) {
+    float piece[kPieceValues];  // S, then P; or dP
+    shared.k_full.wait(kv_parity);
+    shared.v_full.wait(kv_parity);
+    kv_parity ^= 1;
+    issue_piece(piece);
+#pragma unroll 1
+    for (int t = 1; t < steps; ++t) one_step<true>(piece, k_grad, v_grad);
+    one_step<false>(piece, k_grad, v_grad);
+    arrive(shared.kv_empty);
+  }
+
+  __device__ __forceinline__ void store(const BackwardItem& item, const float (&k_grad)[kPart / 2],
+                                        const float (&v_grad)[kPart / 2]) {
+    const int first = item.key_tile * C.columns();
+    const int keys = p.kv_len - first;
+    uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
+                   item.kv_head * p.v_grad_head_stride + first * p.v_grad_row_stride + w * kPart;
+    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, keys, p.value_depth - w * kPart, warp,
+                      lane);
+    to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
+         item.kv_head * p.k_grad_head_stride + first * p.k_grad_row_stride + w * kPart;
+    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, keys, p.depth - w * kPart, warp,
+                      lane);
+  }
+
+  // ---- the story ----
+
+  __device__ __forceinline__ void run() {
+    Ring<kItemSlots> items;
+#pragma unroll 1
+    for (;; items.next()) {
+      shared.item_full[items.slot].wait(items.parity);
+      const BackwardItem& slot = shared.items[items.slot];
+      const BackwardItem item = {ptx::uniform(slot.key_tile), ptx::uniform(slot.batch),
+                                 ptx::uniform(slot.kv_head), ptx::uniform(slot.steps)};
+      arrive(shared.item_empty[items.slot]);
+      if (item.steps < 0) break;
+      float k_grad[kPart / 2], v_grad[kPart / 2];
+#pragma unroll
+      for (int i = 0; i < kPart / 2; ++i) k_grad[i] = v_grad[i] = 0.0f;
+      if (item.steps > 0) all_steps(item.steps, k_grad, v_grad);
+      store(item, k_grad, v_grad);
+    }
+  }
+};
+
+}  // namespace anymask::cuda

@@ -26,10 +26,11 @@ __device__ __forceinline__ void load(const ForwardParams& p, ForwardShared<C>& s
 
   for (int index = blockIdx.x;; items.next()) {
     Item item = {0, 0, 0, -1};
-    if (index < p.items) item = item_at(p, index);
+    if (index < p.items) item = item_at<C>(p, index);
     shared.item_empty[items.slot].wait(items.parity ^ 1);
     if (lane == 0) {
       shared.items[items.slot] = item;
+      if (C.machine == 0 && item.count > 0) shared.arrays[items.slot] = recipe_arrays(p, item);
       shared.item_full[items.slot].arrive();
     }
     if (item.count < 0) break;
@@ -38,33 +39,41 @@ __device__ __forceinline__ void load(const ForwardParams& p, ForwardShared<C>& s
     if (lane == 0) claimed = atomicAdd(p.next_item, 1);
 
     const int kv_head = item.head / p.group_heads;
-    auto load_v = [&](int tile) {
+    // Boxes of one stage: slabs of 64 columns, one box a tile of the plan.
+    auto load_stage = [&](auto& stage, const TensorMapBytes& map, ptx::Barrier& full, int first,
+                          int second) {
+#pragma unroll
+      for (int t = 0; t < C.tiles; ++t) {
+        const int row = (t == 0 ? first : second) * C.tile_columns();
+        int column = 0;
+        for (auto& slab : stage) {
+          ptx::load_box(slab + t * C.tile_columns() * kSlabRowBytes, &map, full, column, row,
+                        kv_head, item.batch);
+          column += kSlabColumns;
+        }
+      }
+    };
+    auto load_v = [&](int first, int second) {
       shared.v_empty[v_ring.slot].wait(v_ring.parity ^ 1);
       if (lane == 0) {
-        ptx::Barrier& full = shared.v_full[v_ring.slot];
-        full.arrive_expect(Shared::kVBytes);
-#pragma unroll
-        for (int slab = 0; slab < C.value_depth / kSlabColumns; ++slab) {
-          ptx::load_box(shared.v[v_ring.slot][slab], &p.v, full, slab * kSlabColumns,
-                        tile * C.columns, kv_head, item.batch);
-        }
+        shared.v_full[v_ring.slot].arrive_expect(Shared::kVBytes);
+        load_stage(shared.v[v_ring.slot], p.v, shared.v_full[v_ring.slot], first, second);
       }
       v_ring.next();
     };
 
-    // K runs one tile ahead of V: its stage frees first, and it is wanted first.
-    int waiting = -1;
-    for_each_tile<false>(p, item, lane, [&](int tile, uint32_t partial) {
+    // K runs one step ahead of V: its stage frees first, and it is wanted first.
+    int waiting = -1, waiting_second = 0;
+    StepWalker<C> walker(p, item, lane);
+#pragma unroll 1
+    for (int step = 0; step < item.count; ++step) {
+      walker.next();
       shared.k_empty[k_ring.slot].wait(k_ring.parity ^ 1);
       if (lane == 0) {
-        ptx::Barrier& full = shared.k_full[k_ring.slot];
-        shared.partial[k_ring.slot] = partial;
-        full.arrive_expect(Shared::kKBytes);
-#pragma unroll
-        for (int slab = 0; slab < C.depth / kSlabColumns; ++slab) {
-          ptx::load_box(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
-                        tile * C.columns, kv_head, item.batch);
-        }
+        shared.partial[k_ring.slot] = walker.needs_bits;
+        shared.k_full[k_ring.slot].arrive_expect(Shared::kKBytes);
+        load_stage(shared.k[k_ring.slot], p.k, shared.k_full[k_ring.slot], walker.first,
+                   walker.second);
       }
       k_ring.next();
       if (waiting < 0) {
@@ -84,11 +93,12 @@ __device__ __forceinline__ void load(const ForwardParams& p, ForwardShared<C>& s
           }
         }
       } else {
-        load_v(waiting);
+        load_v(waiting, waiting_second);
       }
-      waiting = tile;
-    });
-    if (waiting >= 0) load_v(waiting);
+      waiting = walker.first;
+      waiting_second = walker.second;
+    }
+    if (waiting >= 0) load_v(waiting, waiting_second);
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
   }
 }
@@ -151,6 +161,12 @@ struct MathWarp {
     ptx::wgmma_commit();
   }
 
+  // After the last Q K^T of an item its next Q may come, while this one's softmax still runs.
+  __device__ __forceinline__ void release_keys(const Ring<C.stages>& ring, bool last) {
+    arrive(shared.k_empty[ring.slot]);
+    if (last) arrive(shared.q_empty[w]);
+  }
+
   // Steps [begin, end) of P V.
   __device__ __forceinline__ void issue_output(int stage, bool started, int begin, int end) {
     const uint32_t v = ptx::lower_mn_major(shared.v[stage], C.columns * kSlabRowBytes);
@@ -168,7 +184,7 @@ struct MathWarp {
   __device__ __forceinline__ StripMask<C> take_mask(bool live, bool partial) {
     StripMask<C> mask{live, false, {}};
     if (!partial) return mask;
-    shared.bits_full[bit_ring.slot][w].wait(bit_ring.parity);
+    shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
     uint32_t classes = 0;
     const int row = 16 * warp + lane / 4;
 #pragma unroll
@@ -177,7 +193,7 @@ struct MathWarp {
       mask.words[0][g] = shared.bits[bit_ring.slot][w][g][row][lane % 4];
       mask.words[1][g] = shared.bits[bit_ring.slot][w][g][row + 8][lane % 4];
     }
-    arrive(shared.bits_empty[bit_ring.slot][w]);
+    arrive(shared.bits_empty[bit_ring.slot]);
     bit_ring.next();
     classes = ptx::uniform(classes);
     mask.needed = (classes & 0x01010101u) != 0;
@@ -239,14 +255,14 @@ struct MathWarp {
 
   // Without overlap: three warpgroups keep the tensor cores busy by being in different places.
   __device__ __forceinline__ void plain_tile(const Ring<C.stages>& ring, const StripMask<C>& mask,
-                                             bool started) {
+                                             bool started, bool last) {
     take_turn();
     issue_scores(ring.slot);
     if (C.turns == 2) pass_turn();
     ptx::wgmma_wait<0>();
     if (C.turns == 1) pass_turn();
     ptx::pin(scores);
-    arrive(shared.k_empty[ring.slot]);
+    release_keys(ring, last);
     apply(mask);
     float factor[2];
     if (raise(factor) && started) scale_rows(out, factor);
@@ -268,13 +284,13 @@ struct MathWarp {
 
   // With overlap: the first tile of a run only makes P.
   __device__ __forceinline__ void first_tile(const Ring<C.stages>& ring, const StripMask<C>& mask,
-                                             bool started) {
+                                             bool started, bool last) {
     take_turn();
     issue_scores(ring.slot);
     pass_turn();
     ptx::wgmma_wait<0>();
     ptx::pin(scores);
-    arrive(shared.k_empty[ring.slot]);
+    release_keys(ring, last);
     apply(mask);
     float factor[2];
     if (raise(factor) && started) scale_rows(out, factor);
@@ -285,7 +301,7 @@ struct MathWarp {
   // Each further one: its Q K^T, then P V of the tile before, whose product runs under this softmax.
   __device__ __forceinline__ void next_tile(const Ring<C.stages>& ring,
                                             const Ring<C.stages>& before,
-                                            const StripMask<C>& mask, bool started) {
+                                            const StripMask<C>& mask, bool started, bool last) {
     take_turn();
     issue_scores(ring.slot);
     shared.v_full[before.slot].wait(before.parity);
@@ -294,7 +310,7 @@ struct MathWarp {
     pass_turn();
     ptx::wgmma_wait<1>();
     ptx::pin(scores);
-    arrive(shared.k_empty[ring.slot]);
+    release_keys(ring, last);
     apply(mask);
     float factor[2];
     const bool moved = raise(factor);
@@ -390,6 +406,7 @@ struct MathWarp {
 
 #pragma unroll 1
       for (int t = 0; t < item.count; ++t) {
+        const bool last = live && t == item.count - 1;
         shared.k_full[ring.slot].wait(ring.parity);
         const StripMask<C> mask = take_mask(live, ptx::uniform(shared.partial[ring.slot]) != 0);
         if (!(live && mask.needed)) {
@@ -401,22 +418,21 @@ struct MathWarp {
           take_turn();
           pass_turn();
           shared.v_full[ring.slot].wait(ring.parity);
-          arrive(shared.k_empty[ring.slot]);
+          release_keys(ring, last);
           arrive(shared.v_empty[ring.slot]);
         } else if constexpr (C.overlap == 0) {
-          plain_tile(ring, mask, started);
+          plain_tile(ring, mask, started, last);
           started = true;
         } else if (!pending) {
-          first_tile(ring, mask, started);
+          first_tile(ring, mask, started, last);
           pending = true;
         } else {
-          next_tile(ring, before, mask, started);
+          next_tile(ring, before, mask, started, last);
           started = true;
         }
         before = ring;
         ring.next();
       }
-      if (live && item.count > 0) arrive(shared.q_empty[w]);
       if (pending) {
         last_product(before, started);
         started = true;

@@ -13,9 +13,10 @@ struct ForwardConfig {
   int32_t depth;        // head dimension of q and k, padded: 64, 128, 192, 256
   int32_t value_depth;  // head dimension of v and out, padded likewise
   int32_t warpgroups;   // math warpgroups, 64 query rows each
-  int32_t columns;      // keys of a tile, a multiple of 16
-  int32_t stages;       // tiles of K, and of V, in shared memory
-  int32_t bit_slots;    // partial tiles whose bits are in shared memory
+  int32_t columns;      // keys of a step, a multiple of 16
+  int32_t tiles;        // of the plan in a step: 1, or 2 tiles that need not be neighbours
+  int32_t stages;       // steps of K, and of V, in shared memory
+  int32_t bit_slots;    // partial steps whose bits are in shared memory
   int32_t overlap;      // 1: the next Q K^T runs under this tile's softmax (needs registers for P)
   int32_t turns;        // overlap only. 1: warpgroups take turns at issuing products
   int32_t pieces;       // without overlap: P V is issued in this many pieces, as P is made
@@ -24,6 +25,7 @@ struct ForwardConfig {
   int32_t load_registers;
 
   constexpr int rows() const { return 64 * warpgroups; }
+  constexpr int tile_columns() const { return columns / tiles; }
   constexpr int threads() const { return 128 * (warpgroups + 1); }
   // Words of mask bits per row: a word holds the 32 columns that one thread of a quad owns among
   // 128, so a wider tile has more than one group.

@@ -19,7 +19,17 @@ struct Item {
   int32_t row_tile;
   int32_t batch;
   int32_t head;
-  int32_t count;  // visible key tiles
+  int32_t count;  // steps
+};
+
+// Where a recipe's arrays begin for an item's mask place; null where there is none. Worked out once
+// an item by the loading warp: 64-bit products and a division are too much to do per column.
+struct RecipeArrays {
+  const int32_t* key_order;
+  const int32_t* intervals;
+  const void* segments;
+  const uint32_t* bits;
+  int32_t prefix;
 };
 
 template <ForwardConfig C>
@@ -39,10 +49,11 @@ struct ForwardShared {
   ptx::Barrier q_full[kWarpgroups], q_empty[kWarpgroups];
   ptx::Barrier k_full[C.stages], k_empty[C.stages];
   ptx::Barrier v_full[C.stages], v_empty[C.stages];
-  ptx::Barrier bits_full[C.bit_slots][kWarpgroups], bits_empty[C.bit_slots][kWarpgroups];
+  ptx::Barrier bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
-  uint32_t partial[C.stages];  // the tile of K in this stage needs its bits
+  uint32_t partial[C.stages];  // the step in this stage needs its bits
   Item items[kItemSlots];
+  RecipeArrays arrays[kItemSlots];
 
   static constexpr int kQBytes = 64 * C.depth * 2;  // of one warpgroup
   static constexpr int kKBytes = C.columns * C.depth * 2;
@@ -52,10 +63,10 @@ struct ForwardShared {
     for (int w = 0; w < kWarpgroups; ++w) {
       q_full[w].init(1);
       q_empty[w].init(kMathWarps);
-      for (int s = 0; s < C.bit_slots; ++s) {
-        bits_full[s][w].init(4 * kGroups);
-        bits_empty[s][w].init(kMathWarps);
-      }
+    }
+    for (int s = 0; s < C.bit_slots; ++s) {
+      bits_full[s].init(4 * kGroups);
+      bits_empty[s].init(kMathWarps * kWarpgroups);
     }
     for (int s = 0; s < C.stages; ++s) {
       k_full[s].init(1);

@@ -12,83 +12,133 @@
 
 namespace anymask::cuda {
 
-// Lane l holds word l; afterwards bit c of lane r's word is bit r of what lane c held.
+// Lane l holds word l; afterwards bit c of lane r's word is bit r of what lane c held. Exchanges
+// halves, bytes, nibbles, pairs and bits with the lane 16, 8, 4, 2 and 1 away: two instructions for
+// the first two (a byte permutation picks), three for the others (rotate, merge).
 __device__ __forceinline__ uint32_t transpose_bits(uint32_t word, int lane) {
-  constexpr uint32_t kLow[5] = {0x0000ffffu, 0x00ff00ffu, 0x0f0f0f0fu, 0x33333333u, 0x55555555u};
+  const uint32_t halves = (lane & 16) == 0 ? 0x5410u : 0x3276u;
+  word = __byte_perm(word, ptx::shuffle_xor(word, 16), halves);
+  const uint32_t bytes = (lane & 8) == 0 ? 0x6240u : 0x3715u;
+  word = __byte_perm(word, ptx::shuffle_xor(word, 8), bytes);
+  constexpr uint32_t kLow[3] = {0x0f0f0f0fu, 0x33333333u, 0x55555555u};
 #pragma unroll
-  for (int step = 0; step < 5; ++step) {
-    const int distance = 16 >> step;
-    const uint32_t low = kLow[step];
+  for (int step = 0; step < 3; ++step) {
+    const int distance = 4 >> step;
+    const bool upper = (lane & distance) != 0;
+    const uint32_t keep = upper ? ~kLow[step] : kLow[step];
     const uint32_t other = ptx::shuffle_xor(word, distance);
-    word = (lane & distance) == 0 ? (word & low) | ((other & low) << distance)
-                                  : (word & ~low) | ((other >> distance) & low);
+    const uint32_t rotated = __funnelshift_l(other, other, upper ? 32 - distance : distance);
+    word = (word & keep) | (rotated & ~keep);
   }
   return word;
 }
 
 // ---- one column ------------------------------------------------------------------------------------
 
-// What a recipe says of one column: rows [begin, end) less two masked runs, and a column of words.
+// What a recipe says of one column: rows [begin, end) less two masked runs.
 struct ColumnRuns {
   int begin, end;
-  rules::MaskedRuns masked;
-  const uint32_t* words;
-
-  __device__ __forceinline__ uint32_t word(int first_row, int64_t word_stride) const {
-    const uint32_t seen = ptx::ones_from(begin - first_row) & ~ptx::ones_from(end - first_row);
-    const uint32_t hidden1 =
-        ptx::ones_from(masked.begin1 - first_row) & ~ptx::ones_from(masked.end1 - first_row);
-    const uint32_t hidden2 =
-        ptx::ones_from(masked.begin2 - first_row) & ~ptx::ones_from(masked.end2 - first_row);
-    const uint32_t result = seen & ~hidden1 & ~hidden2;
-    return words == nullptr ? result : result & words[(first_row / 32) * word_stride];
-  }
+  int begin1, end1, begin2, end2;
 };
 
-__device__ __forceinline__ ColumnRuns column_runs(const ForwardParams& p, rules::Place place,
-                                                  int key) {
+// How many masked runs a recipe's columns have that [begin, end) cannot take in.
+__device__ __forceinline__ int holes_of(const ForwardParams& p) {
+  if (p.recipe.intervals < 0) return 0;
+  switch (static_cast<rules::IntervalForm>(p.program.nodes[p.recipe.intervals].flag)) {
+    case rules::IntervalForm::kFrom:
+    case rules::IntervalForm::kOutside: return 0;
+    case rules::IntervalForm::kRun: return 1;
+    default: return 2;
+  }
+}
+
+__device__ __forceinline__ ColumnRuns column_runs(const ForwardParams& p,
+                                                  const RecipeArrays& arrays, int key) {
   const RunRecipe& recipe = p.recipe;
-  ColumnRuns runs{key - recipe.band_hi, key - recipe.band_lo + 1, {0, 0, 0, 0}, nullptr};
+  ColumnRuns runs{key - recipe.band_hi, key - recipe.band_lo + 1, 0, 0, 0, 0};
   if (recipe.intervals >= 0) {
-    runs.masked = rules::masked_runs(p.program.nodes[recipe.intervals], place, key);
+    const rules::Array& array = p.program.nodes[recipe.intervals].columns;
+    const int32_t* row = arrays.intervals + key * array.row_stride;
+    const int64_t step = array.column_stride;
+    switch (static_cast<rules::IntervalForm>(p.program.nodes[recipe.intervals].flag)) {
+      case rules::IntervalForm::kFrom:
+        runs.end = rules::min_of(runs.end, row[0]);
+        break;
+      case rules::IntervalForm::kOutside:
+        runs.end = rules::min_of(runs.end, row[0]);
+        runs.begin = rules::max_of(runs.begin, row[step]);
+        break;
+      case rules::IntervalForm::kTwoRuns:
+        runs.begin2 = row[2 * step];
+        runs.end2 = row[3 * step];
+        [[fallthrough]];
+      default:
+        runs.begin1 = row[0];
+        runs.end1 = row[step];
+    }
   }
   if (recipe.segments >= 0) {
-    const rules::Segment segment =
-        rules::segment_of(p.program.nodes[recipe.segments], place, key);
+    rules::Node node = p.program.nodes[recipe.segments];
+    node.columns.data = arrays.segments;
+    const rules::Segment segment = rules::segment_of(node, {0, 0}, key);
     runs.begin = rules::max_of(runs.begin, segment.begin);
     runs.end = rules::min_of(runs.end, segment.end);
   }
-  if (recipe.prefix >= 0 &&
-      key >= rules::prefix_length(p.program.nodes[recipe.prefix], place)) {
-    runs.end = runs.begin;
-  }
-  if (recipe.bits >= 0) {
-    const rules::Node& node = p.program.nodes[recipe.bits];
-    runs.words = rules::array_at<uint32_t>(node.columns, place) +
-                 key * node.columns.column_stride;
-  }
+  if (key >= arrays.prefix) runs.end = runs.begin;
   return runs;
+}
+
+// Rows begin..end - 1, counted from the word's first.
+__device__ __forceinline__ uint32_t run_of(int begin, int end) {
+  return ptx::ones_from(begin) & ~ptx::ones_from(end);
+}
+
+// The words of a column for kWords x 32 rows from first_row. Bits of rows that do not exist are
+// arbitrary: they cost a mask that was not needed, never a wrong result.
+template <int kWords>
+__device__ __forceinline__ void column_words(const ForwardParams& p, const RecipeArrays& arrays,
+                                             int key, int first_row, bool exists,
+                                             uint32_t (&words)[kWords]) {
+  ColumnRuns runs{};
+  if (exists) runs = column_runs(p, arrays, key);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) {
+    const int row = first_row + 32 * i;
+    words[i] = run_of(runs.begin - row, runs.end - row);
+  }
+  // Loops that run zero times for most masks: the compiler must not make predicated code of them.
+  const int holes = holes_of(p);
+#pragma unroll 1
+  for (int hole = 0; hole < holes; ++hole) {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int row = first_row + 32 * i;
+      words[i] &= ~run_of(runs.begin1 - row, runs.end1 - row);
+    }
+    runs.begin1 = runs.begin2;
+    runs.end1 = runs.end2;
+  }
+  if (p.recipe.bits >= 0 && exists) {
+    const rules::Array& array = p.program.nodes[p.recipe.bits].columns;
+    const uint32_t* word =
+        arrays.bits + (first_row / 32) * array.row_stride + key * array.column_stride;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if (first_row + 32 * i < p.q_len) words[i] &= *word;
+      word += array.row_stride;
+    }
+  }
 }
 
 // ---- one strip: 64 rows x the 32 columns of quad lane q ------------------------------------------------
 
-// `upper`, `lower`: the words of this lane's column, rows first_row.. and first_row + 32... Stores
-// the transposed words and the class byte.
-__device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool in_tile,
-                                            int rows_left, int lane, uint32_t* to,
-                                            uint8_t* strip_class) {
-  // Rows that do not exist are neither visible nor hidden; nor are lanes without a column.
-  const uint32_t upper_rows = ~ptx::ones_from(rows_left);
-  const uint32_t lower_rows = ~ptx::ones_from(rows_left - 32);
-  const bool any_visible =
-      __any_sync(0xffffffffu, ((upper & upper_rows) | (lower & lower_rows)) != 0);
-  const bool any_hidden = __any_sync(
-      0xffffffffu, in_tile && ((~upper & upper_rows) | (~lower & lower_rows)) != 0);
-#ifdef FAKE
-  if (false) {
-#else
+// `upper`, `lower`: the words of this lane's column, for the strip's first and last 32 rows. Stores
+// the transposed words and the class byte. in_tile: this lane has a column.
+__device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool in_tile, int lane,
+                                            uint32_t* to, uint8_t* strip_class) {
+  const bool any_visible = __any_sync(0xffffffffu, (upper | lower) != 0);
+  const bool any_hidden = __any_sync(0xffffffffu, in_tile && (upper & lower) != 0xffffffffu);
   if (any_visible && any_hidden) {
-#endif
     upper = transpose_bits(upper, lane);
     lower = transpose_bits(lower, lane);
   } else {
@@ -104,70 +154,67 @@ __device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool
 template <ForwardConfig C>
 __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<C>& shared,
                                           int index, int lane) {
+  constexpr int kPieces = 4 * C.word_groups();  // of a step: 32 columns each
   Ring<kItemSlots> items;
   Ring<C.bit_slots> slots;
-  int turn = 0;  // whose turn the next quad lane is
+  int piece = index;  // the next one that is this warp's, counted from the step's first
   for (;; items.next()) {
     shared.item_full[items.slot].wait(items.parity);
     const Item item = shared.items[items.slot];
-    __syncwarp();
-    if (lane == 0) shared.item_empty[items.slot].arrive();
     if (item.count < 0) break;
-    const rules::Place place = mask_place(p, item.batch, item.head);
+    const RecipeArrays& arrays = shared.arrays[items.slot];
     const int item_row = item.row_tile * C.rows();
 
-    for_each_tile<true>(p, item, lane, [&](int tile, uint32_t) {
+    StepWalker<C> walker(p, item, lane);
 #pragma unroll 1
-      for (int part = 0; part < 4 * C.word_groups(); ++part) {
-        const bool mine = turn == index;
-        turn = turn == kBitWarps - 1 ? 0 : turn + 1;
-        if (!mine) continue;
-        const int q = part & 3, group = part >> 2;
-        const int column_in_tile = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
-        const bool in_tile = column_in_tile < C.columns;
-        const int column = tile * C.columns + column_in_tile;
+    for (int step = 0; step < item.count; ++step) {
+      walker.next();
+      if (!walker.needs_bits) continue;
+#pragma unroll 1
+      for (; piece < kPieces; piece += kBitWarps) {
+        const int q = piece & 3, group = piece >> 2;
+        const int in_step = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
+        const bool in_tile = C.columns % 128 == 0 || in_step < C.columns;
+        const int tile = in_step < C.tile_columns() ? walker.first : walker.second;
+        const int in_its_tile =
+            in_step < C.tile_columns() ? in_step : in_step - C.tile_columns();
+        const int column = tile * C.tile_columns() + in_its_tile;
         const bool exists = in_tile && column < p.kv_len;
-        ColumnRuns runs{};
-        int64_t word_stride = 0;
+        uint32_t words[2 * C.warpgroups] = {};
         if constexpr (C.machine == 0) {
-#ifndef FAKE
-          if (exists) runs = column_runs(p, place, rules::key_at(p.program, place, column));
-#endif
-          if (p.recipe.bits >= 0) word_stride = p.program.nodes[p.recipe.bits].columns.row_stride;
+          int key = column;
+          if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
+          column_words(p, arrays, key, item_row, exists, words);
         }
-#pragma unroll 1
+        shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
+#pragma unroll(C.machine == 0 ? C.warpgroups : 1)
         for (int w = 0; w < C.warpgroups; ++w) {
-          const int first_row = item_row + 64 * w;
-          const int rows_left = p.q_len - first_row;
           uint32_t upper = 0, lower = 0;
-#ifdef FAKE
-          upper = lower = 0x7fffffff;
-          if (false) {
-#endif
           if constexpr (C.machine == 0) {
-            if (exists && rows_left > 0) upper = runs.word(first_row, word_stride);
-            if (exists && rows_left > 32) lower = runs.word(first_row + 32, word_stride);
+            upper = words[2 * w];
+            lower = words[2 * w + 1];
           } else if (exists) {
+            const rules::Place place = mask_place(p, item.batch, item.head);
+            const int row = item_row + 64 * w;
 #pragma unroll 1
-            for (int half = 0; half < 2 && rows_left > 32 * half; ++half) {
+            for (int half = 0; half < 2; ++half) {
               upper = lower;
-              lower = rules::column_word(p.program, place, column, first_row + 32 * half);
+              if (row + 32 * half < p.q_len) {
+                lower = rules::column_word(p.program, place, column, row + 32 * half);
+              }
             }
-            if (rows_left <= 32) upper = lower;
           }
-#ifdef FAKE
-          }
-#endif
-          shared.bits_empty[slots.slot][w].wait(slots.parity ^ 1);
-          store_strip(upper, lower, in_tile, rows_left, lane,
-                      &shared.bits[slots.slot][w][group][0][q],
+          store_strip(upper, lower, in_tile, lane, &shared.bits[slots.slot][w][group][0][q],
                       reinterpret_cast<uint8_t*>(&shared.classes[slots.slot][w][group]) + q);
-          __syncwarp();
-          if (lane == 0) shared.bits_full[slots.slot][w].arrive();
         }
+        __syncwarp();
+        if (lane == 0) shared.bits_full[slots.slot].arrive();
       }
+      piece -= kPieces;
       slots.next();
-    });
+    }
+    __syncwarp();
+    if (lane == 0) shared.item_empty[items.slot].arrive();
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "cuda/device/sm90/forward_config.h"
 #include "cuda/device/sm90/forward_shared.h"
+#include "rules/evaluate.h"
 
 namespace anymask::cuda {
 
@@ -17,8 +18,38 @@ __device__ __forceinline__ int64_t map_row(const ForwardParams& p, rules::Place 
          row_tile;
 }
 
+__device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, const Item& item) {
+  const rules::Program& program = p.program;
+  const rules::Place place = mask_place(p, item.batch, item.head);
+  RecipeArrays arrays{};
+  arrays.prefix = 0x7fffffff;
+  if (program.key_order != nullptr) {
+    const int64_t row = int64_t{place.batch} * (program.heads / program.order_divisor) +
+                        place.head / program.order_divisor;
+    arrays.key_order = program.key_order + row * program.kv_len;
+  }
+  if (p.recipe.intervals >= 0) {
+    arrays.intervals =
+        rules::array_at<int32_t>(program.nodes[p.recipe.intervals].columns, place);
+  }
+  if (p.recipe.segments >= 0) {
+    const rules::Array& array = program.nodes[p.recipe.segments].columns;
+    arrays.segments =
+        array.bytes == 8 ? static_cast<const void*>(rules::array_at<int64_t>(array, place))
+                         : static_cast<const void*>(rules::array_at<int32_t>(array, place));
+  }
+  if (p.recipe.bits >= 0) {
+    arrays.bits = rules::array_at<uint32_t>(program.nodes[p.recipe.bits].columns, place);
+  }
+  if (p.recipe.prefix >= 0) {
+    arrays.prefix = rules::prefix_length(program.nodes[p.recipe.prefix], place);
+  }
+  return arrays;
+}
+
 // Items in this order: chunks of (batch, head) pairs one after the other, so that the K and V of a
 // chunk stay in L2; inside a chunk the longest row tiles of all its pairs first.
+template <ForwardConfig C>
 __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
   const int rows = p.map.outer_tiles;
   const int chunk = index / (p.chunk * rows);
@@ -32,39 +63,69 @@ __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
   item.head = pair - item.batch * p.q_heads;
   const int64_t first = map_row(p, mask_place(p, item.batch, item.head), 0);
   item.row_tile = p.map.order[first + rank];
-  item.count = p.map.count[first + item.row_tile];
+  item.count = (p.map.count[first + item.row_tile] + C.tiles - 1) / C.tiles;
   return item;
 }
 
-// Calls visit(tile, partial) for the tiles of `item` that a bit of `visible` (kPartialOnly: and of
-// `hidden`) marks, in ascending order, with the whole warp converged.
-template <bool kPartialOnly, typename Visit>
-__device__ __forceinline__ void for_each_tile(const ForwardParams& p, const Item& item, int lane,
-                                              Visit&& visit) {
-  const int64_t row = map_row(p, mask_place(p, item.batch, item.head), item.row_tile);
-  const uint32_t* visible = p.map.visible + row * p.map.words;
-  const uint32_t* hidden = p.map.hidden + row * p.map.words;
-#pragma unroll 1
-  for (int base = 0; base < p.map.words; base += 32) {
-    const bool inside = base + lane < p.map.words;
-    const uint32_t my_hidden = inside ? hidden[base + lane] : 0;
-    uint32_t my_tiles = inside ? visible[base + lane] : 0;
-    if (kPartialOnly) my_tiles &= my_hidden;
-    uint32_t owners = __ballot_sync(0xffffffffu, my_tiles != 0);
-#pragma unroll 1
-    while (owners != 0) {
+// The steps of an item in ascending order, walked by a converged warp. A step is C.tiles visible
+// tiles; where only one is left, the second is the one beyond the last, which reads as zeros and is
+// hidden.
+template <ForwardConfig C>
+struct StepWalker {
+  const ForwardParams& p;
+  const uint32_t* visible;
+  const uint32_t* hidden;
+  const int lane;
+
+  int base = -32;  // each lane holds one word of the 32 from here on
+  uint32_t my_visible = 0, my_hidden = 0;
+  uint32_t owners = 0;              // lanes whose words are still to be walked
+  int word = 0;                     // the word being walked,
+  uint32_t tiles = 0, partial = 0;  // what is left of it, and which of its tiles are partial
+
+  // The current step.
+  int first = 0, second = 0;
+  bool needs_bits = false;
+
+  __device__ __forceinline__ StepWalker(const ForwardParams& params, const Item& item, int my_lane)
+      : p(params), lane(my_lane) {
+    const int64_t row = map_row(p, mask_place(p, item.batch, item.head), item.row_tile);
+    visible = p.map.visible + row * p.map.words;
+    hidden = p.map.hidden + row * p.map.words;
+  }
+
+  // The next visible tile; p.map.inner_tiles, partial, when there is none.
+  __device__ __forceinline__ int next_tile() {
+    while (tiles == 0) {
+      while (owners == 0) {
+        base += 32;
+        if (base >= p.map.words) {
+          needs_bits = true;
+          return p.map.inner_tiles;
+        }
+        const bool inside = base + lane < p.map.words;
+        my_visible = inside ? visible[base + lane] : 0;
+        my_hidden = inside ? hidden[base + lane] : 0;
+        owners = __ballot_sync(0xffffffffu, my_visible != 0);
+      }
       const int owner = __ffs(owners) - 1;
       owners &= owners - 1;
-      uint32_t tiles = __shfl_sync(0xffffffffu, my_tiles, owner);
-      const uint32_t partial = __shfl_sync(0xffffffffu, my_hidden, owner);
-#pragma unroll 1
-      while (tiles != 0) {
-        const int bit = __ffs(tiles) - 1;
-        tiles &= tiles - 1;
-        visit((base + owner) * 32 + bit, (partial >> bit) & 1);
-      }
+      word = base + owner;
+      tiles = __shfl_sync(0xffffffffu, my_visible, owner);
+      partial = __shfl_sync(0xffffffffu, my_hidden, owner);
     }
+    const int bit = __ffs(tiles) - 1;
+    tiles &= tiles - 1;
+    needs_bits |= ((partial >> bit) & 1) != 0;
+    return word * 32 + bit;
   }
-}
+
+  // Called item.count times.
+  __device__ __forceinline__ void next() {
+    needs_bits = false;
+    first = next_tile();
+    second = C.tiles == 2 ? next_tile() : first;
+  }
+};
 
 }  // namespace anymask::cuda

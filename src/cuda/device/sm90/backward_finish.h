@@ -1,0 +1,42 @@
+// After the Hopper backward kernel: the float32 sums of dQ, scaled and rounded, to the caller's
+// tensor. The sums lie in the order of the accumulators that made them, so a thread here reads what
+// one math thread added, 16 bytes at a time.
+#pragma once
+
+#include "cuda/device/sm90/backward_config.h"
+#include "cuda/device/sm90/backward_store.h"
+
+namespace anymask::cuda {
+
+inline constexpr int kFinishThreads = 128 * kBackwardWarpgroups;
+
+template <BackwardConfig C>
+__device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) {
+  const int64_t row_tile = blockIdx.x;  // of all of the workspace
+  const int head_index = static_cast<int>(row_tile / p.row_tiles);
+  const int first_row = static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) *
+                        kBackwardRows;
+  const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
+  const int w = threadIdx.x / 128, thread = threadIdx.x % 128;
+
+  constexpr int kPart = C.part_depth();
+  float values[kPart / 2];
+  const float4* sums = reinterpret_cast<const float4*>(
+                           p.q_sums + row_tile * (kBackwardRows * C.depth) +
+                           w * kBackwardRows * kPart) +
+                       thread;
+#pragma unroll
+  for (int i = 0; i < kPart / 8; ++i) {
+    const float4 four = sums[128 * i];
+    values[4 * i] = four.x;
+    values[4 * i + 1] = four.y;
+    values[4 * i + 2] = four.z;
+    values[4 * i + 3] = four.w;
+  }
+  uint16_t* to = static_cast<uint16_t*>(p.q_grad) + batch * p.q_grad_batch_stride +
+                 head * p.q_grad_head_stride + first_row * p.q_grad_row_stride + w * kPart;
+  store_rows<C.half != 0>(values, p.scale, to, p.q_grad_row_stride, p.q_len - first_row,
+                          p.depth - w * kPart, thread / 32, thread % 32);
+}
+
+}  // namespace anymask::cuda

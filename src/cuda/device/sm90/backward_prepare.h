@@ -1,0 +1,87 @@
+// Before the Hopper backward kernel: statistics of every row, and a clean workspace.
+//
+// dS = P (dP - (rowsum(dO O) - dlse)), so what is taken from dP is one number a row. lse goes to log2
+// units; for rows that see nothing or do not exist it becomes +infinity, which makes their P zero.
+#pragma once
+
+#include "cuda/device/ptx/registers.h"
+#include "cuda/device/sm90/backward_config.h"
+#include "cuda/device/ptx/matrix.h"
+
+namespace anymask::cuda {
+
+inline constexpr int kPrepareThreads = 256;
+inline constexpr int kPrepareLanes = 16;  // of a row: 8 elements each, twice where that is too few
+
+// The share of rowsum(dO O) in 8 columns.
+template <bool kHalf>
+__device__ __forceinline__ float dot_eight(const uint16_t* a, const uint16_t* b) {
+  const uint4 x = *reinterpret_cast<const uint4*>(a);
+  const uint4 y = *reinterpret_cast<const uint4*>(b);
+  const uint32_t xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sum += ptx::low_of<kHalf>(xs[i]) * ptx::low_of<kHalf>(ys[i]);
+    sum += ptx::high_of<kHalf>(xs[i]) * ptx::high_of<kHalf>(ys[i]);
+  }
+  return sum;
+}
+
+template <BackwardConfig C>
+__device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p) {
+  const int64_t row_tile = blockIdx.x;  // of all of the workspace
+  const int head_index = static_cast<int>(row_tile / p.row_tiles);
+  const int first_row = static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) *
+                        kBackwardRows;
+  const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
+  const int thread = threadIdx.x, part = thread % kPrepareLanes;
+
+  const uint16_t* out = static_cast<const uint16_t*>(p.out) + batch * p.out_batch_stride +
+                        head * p.out_head_stride;
+  const uint16_t* grad = static_cast<const uint16_t*>(p.grad) + batch * p.grad_batch_stride +
+                         head * p.grad_head_stride;
+  constexpr int kRowsAtOnce = kPrepareThreads / kPrepareLanes;
+  float sums[kBackwardRows / kRowsAtOnce];
+#pragma unroll
+  for (int i = 0; i < kBackwardRows / kRowsAtOnce; ++i) {
+    const int row = first_row + i * kRowsAtOnce + thread / kPrepareLanes;
+    sums[i] = 0.0f;
+#pragma unroll
+    for (int column = 8 * part; column < C.value_depth; column += 8 * kPrepareLanes) {
+      if (row < p.q_len && column < p.value_depth) {
+        sums[i] += dot_eight<C.half != 0>(out + row * p.out_row_stride + column,
+                                          grad + row * p.grad_row_stride + column);
+      }
+    }
+  }
+
+  float4* q_sums = reinterpret_cast<float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth));
+#pragma unroll
+  for (int i = 0; i < kBackwardRows * C.depth / 4; i += kPrepareThreads) {
+    q_sums[i + thread] = {0.0f, 0.0f, 0.0f, 0.0f};
+  }
+  if (thread < 2) p.turns[2 * row_tile + thread] = 0;
+  if (row_tile == 0 && thread == 0) *p.next_item = 0;
+
+  float* stats = p.stats + row_tile * (2 * kBackwardRows);
+#pragma unroll
+  for (int i = 0; i < kBackwardRows / kRowsAtOnce; ++i) {
+    float sum = sums[i];
+#pragma unroll
+    for (int step = kPrepareLanes / 2; step > 0; step /= 2) sum += ptx::shuffle_xor(sum, step);
+    const int in_tile = i * kRowsAtOnce + thread / kPrepareLanes;
+    if (part != 0) continue;
+    constexpr float kLog2E = 1.4426950408889634f;
+    const float infinity = __uint_as_float(0x7f800000u);
+    const int row = first_row + in_tile;
+    const int64_t at = static_cast<int64_t>(head_index) * p.q_len + row;
+    const float lse = row < p.q_len ? p.lse[at] : -infinity;
+    const bool sees = lse > -infinity;
+    if (sees && p.lse_grad != nullptr) sum -= p.lse_grad[at];
+    stats[stat_index(in_tile)] = sees ? lse * kLog2E : infinity;
+    stats[kBackwardRows + stat_index(in_tile)] = sees ? sum : 0.0f;
+  }
+}
+
+}  // namespace anymask::cuda
