@@ -50,8 +50,9 @@ int check_headers() {
   int failures = 0;
   for (const SourceFile& header : embedded_sources()) {
     try {
-      compile(std::string("check of ") + header.name, std::string("#include \"") + header.name + "\"\n",
-              source_closure(header.name), compile_options(kCapability));
+      compile(std::string("check of ") + header.name,
+              std::string("#include \"") + header.name + "\"\n", source_closure(header.name),
+              compile_options(kCapability));
     } catch (const std::exception& error) {
       std::printf("%s: %s\n", header.name, error.what());
       ++failures;
@@ -104,7 +105,8 @@ int run(int argc, char** argv) {
     } else if (argument == "--ship" && i + 1 < argc) {
       options.ship = argv[++i];
     } else {
-      std::fprintf(stderr, "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--verbose]\n");
+      std::fprintf(stderr,
+                   "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--verbose]\n");
       return 2;
     }
   }

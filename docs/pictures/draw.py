@@ -1,7 +1,7 @@
 """Draws the pictures of README.md and docs/masks.md: `python docs/pictures/draw.py [FOLDER]`.
 
 Each shows a mask of 256 queries (down) x 256 keys (across) on tiles of 16 x 16: tiles whose pairs
-are all allowed in green, those with some in amber, with the allowed pairs dark, those with none
+are all allowed in blue, those with some in orange, with the allowed pairs dark, those with none
 empty. A real mask has 128 x 128 tiles and looks the same, only larger.
 """
 
@@ -10,17 +10,18 @@ from pathlib import Path
 
 import anymask as am
 import numpy as np
+from anymask import drawing
 from anymask.benchmark_masks import NAMES, Documents, benchmark_mask
-from anymask.demo.pictures import png
+from anymask.demo.pictures import colour, png
 
 LENGTH, TILE = 256, 16
 PAPER, GRID, ALL, SOME_HIDDEN, SOME_ALLOWED, FRAME = range(6)
 PALETTE = {
     PAPER: (255, 255, 255, 255),
     GRID: (232, 236, 239, 255),
-    ALL: (15, 118, 110, 255),
-    SOME_HIDDEN: (254, 240, 205, 255),
-    SOME_ALLOWED: (245, 158, 11, 255),
+    ALL: colour(drawing.COLOURS[drawing.ALL]),
+    SOME_HIDDEN: (253, 236, 220, 255),
+    SOME_ALLOWED: colour(drawing.COLOURS[drawing.SOME]),
     FRAME: (148, 162, 175, 255),
 }
 DOCUMENTS = Documents(

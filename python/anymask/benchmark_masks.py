@@ -69,7 +69,7 @@ class BenchmarkMask(NamedTuple):
         return masks.intervals(self.indices, self.causal)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _samples() -> dict[int, Any]:
     with open(_DATA, encoding="utf-8") as file:
         return {int(length): value for length, value in json.load(file)["samples"].items()}

@@ -13,7 +13,6 @@ and layers. Everything is checked in full when a mask meets a problem: in `atten
 
 from __future__ import annotations
 
-import operator
 from typing import Any, Union
 
 import numpy as np
@@ -27,7 +26,8 @@ class Mask:
     """What each query may see: an immutable expression of mask kinds.
 
     Made by the functions of this module and combined with ``&`` (both allow), ``|`` (either allows)
-    and ``~`` (the opposite). At most 16 leaves.
+    and ``~`` (the opposite). An expression may have 32 nodes, leaves and operators counted, of
+    which `prefix_lm` and causal `intervals` take three.
     """
 
     spec: tuple[int, ...]
@@ -50,20 +50,18 @@ class Mask:
         return _joined(self, other, nodes.OR)
 
     def __invert__(self) -> Mask:
-        return Mask((*self.spec, nodes.NOT, 0, 0, 0), self.arrays)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # The tracer of torch.compile knows & and | of objects but not ~; it asks here instead.
-        if function is operator.invert:
-            return args[0].__invert__()
-        return NotImplemented
+        return self.complement()
 
     def __bool__(self) -> bool:
         raise TypeError("a Mask has no truth value: join masks with &, | and ~, not and, or, not")
 
     def __repr__(self) -> str:
         return nodes.text_of(self.spec, self.arrays)
+
+    def complement(self) -> Mask:
+        """``~mask``, for functions that torch.compile traces: its tracer knows ``&`` and ``|`` of
+        objects, but not ``~``."""
+        return Mask((*self.spec, nodes.NOT, 0, 0, 0), self.arrays)
 
     def to(self, device: Any) -> Mask:
         """The same mask with its arrays as torch tensors on `device`."""

@@ -1,9 +1,9 @@
 // The cache of compiled kernels on disk: one file a kernel, in two layers.
 //
 // The package layer is read-only and comes with the library; the user layer is written at run time
-// (ANYMASK_CACHE_DIR, else XDG_CACHE_HOME/anymask, else ~/.cache/anymask). Any number of threads and
-// processes may use them at once: a file appears whole, by renaming, and is never changed. A file
-// that fails its checksum counts as absent and is replaced.
+// (ANYMASK_CACHE_DIR, else XDG_CACHE_HOME/anymask, else ~/.cache/anymask). Any number of threads
+// and processes may use them at once: a file appears whole, by renaming, and is never changed. A
+// file that fails its checksum counts as absent and is replaced.
 #pragma once
 
 #include <cstdint>

@@ -114,12 +114,12 @@ Compiled compile(const std::string& name, const std::string& source,
   for (const std::string& option : options) arguments.push_back(option.c_str());
 
   Program program;
-  check_nvrtc(nvrtc().nvrtcCreateProgram(&program.handle, source.c_str(), name.c_str(),
-                                         static_cast<int>(texts.size()), texts.data(),
-                                         names.data()),
-              "nvrtcCreateProgram");
-  const int result = nvrtc().nvrtcCompileProgram(
-      program.handle, static_cast<int>(arguments.size()), arguments.data());
+  check_nvrtc(
+      nvrtc().nvrtcCreateProgram(&program.handle, source.c_str(), name.c_str(),
+                                 static_cast<int>(texts.size()), texts.data(), names.data()),
+      "nvrtcCreateProgram");
+  const int result = nvrtc().nvrtcCompileProgram(program.handle, static_cast<int>(arguments.size()),
+                                                 arguments.data());
   Compiled compiled;
   compiled.log = log_of(program);
   if (result != 0) {

@@ -12,8 +12,8 @@
 namespace anymask::cuda {
 namespace {
 
-// cuLibrary*, cuKernel* and tensor maps came with CUDA 12.0.
-constexpr int kOldestDriver = 12000;
+// cuLibrary*, cuKernel* and tensor maps came with CUDA 12.0, parameters of over 4 KiB with 12.1.
+constexpr int kOldestDriver = 12010;
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -36,7 +36,7 @@ std::string open_driver(Driver& driver) {
            "(in a container, start it with GPU access), or use CPU tensors";
   }
   std::string missing;
-#define ANYMASK_LOAD(name, symbol, parameters)                                      \
+#define ANYMASK_LOAD(name, symbol, parameters)                                     \
   driver.name = reinterpret_cast<CuResult(*) parameters>(dlsym(library, #symbol)); \
   if (driver.name == nullptr) missing = #symbol;
   ANYMASK_DRIVER_FUNCTIONS(ANYMASK_LOAD)
@@ -45,7 +45,7 @@ std::string open_driver(Driver& driver) {
   if (driver.cuDriverGetVersion != nullptr) driver.cuDriverGetVersion(&driver.version);
   if (!missing.empty() || driver.version < kOldestDriver) {
     return "the NVIDIA driver is too old: it supports CUDA " + version_text(driver.version) +
-           ", anymask needs " + version_text(kOldestDriver) + " or newer (driver 525)" +
+           ", anymask needs " + version_text(kOldestDriver) + " or newer (driver 530)" +
            (missing.empty() ? "" : "; " + missing + " is missing");
   }
   if (const CuResult result = driver.cuInit(0); result == kCuNoDevice) {

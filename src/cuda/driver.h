@@ -97,52 +97,53 @@ struct TensorMapSpec {
 
 TensorMap encode_tensor_map(const TensorMapSpec& spec);
 
-// ---- the functions -------------------------------------------------------------------------------
+// ---- the functions
+// -------------------------------------------------------------------------------
 
 // Name, symbol in libcuda (some carry an ABI version), parameters.
-#define ANYMASK_DRIVER_FUNCTIONS(F)                                                               \
-  F(cuInit, cuInit, (uint32_t flags))                                                             \
-  F(cuDriverGetVersion, cuDriverGetVersion, (int* version))                                       \
-  F(cuGetErrorName, cuGetErrorName, (CuResult error, const char** text))                          \
-  F(cuGetErrorString, cuGetErrorString, (CuResult error, const char** text))                      \
-  F(cuDeviceGetCount, cuDeviceGetCount, (int* count))                                             \
-  F(cuDeviceGet, cuDeviceGet, (CuDevice * device, int ordinal))                                   \
-  F(cuDeviceGetName, cuDeviceGetName, (char* name, int length, CuDevice device))                  \
-  F(cuDeviceTotalMem, cuDeviceTotalMem_v2, (size_t * bytes, CuDevice device))                     \
-  F(cuDeviceGetAttribute, cuDeviceGetAttribute,                                                   \
-    (int* value, CuDeviceAttribute attribute, CuDevice device))                                   \
-  F(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (CuContext * context, CuDevice device))   \
-  F(cuCtxGetCurrent, cuCtxGetCurrent, (CuContext * context))                                      \
-  F(cuCtxSetCurrent, cuCtxSetCurrent, (CuContext context))                                        \
-  F(cuCtxGetDevice, cuCtxGetDevice, (CuDevice * device))                                          \
-  F(cuThreadExchangeStreamCaptureMode, cuThreadExchangeStreamCaptureMode, (int* mode))            \
-  F(cuStreamSynchronize, cuStreamSynchronize, (CuStream stream))                                  \
-  F(cuPointerGetAttribute, cuPointerGetAttribute,                                                 \
-    (void* value, CuPointerAttribute attribute, CuAddress pointer))                               \
-  F(cuMemAlloc, cuMemAlloc_v2, (CuAddress * address, size_t bytes))                               \
-  F(cuMemFree, cuMemFree_v2, (CuAddress address))                                                 \
-  F(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2,                                                      \
-    (CuAddress to, const void* from, size_t bytes, CuStream stream))                              \
-  F(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2,                                                      \
-    (void* to, CuAddress from, size_t bytes, CuStream stream))                                    \
-  F(cuMemsetD32Async, cuMemsetD32Async,                                                           \
-    (CuAddress address, uint32_t value, size_t words, CuStream stream))                           \
-  F(cuLibraryLoadData, cuLibraryLoadData,                                                         \
-    (CuLibrary * library, const void* code, int32_t* jit_options, void** jit_values,              \
-     uint32_t jit_count, int32_t* options, void** values, uint32_t count))                        \
-  F(cuLibraryUnload, cuLibraryUnload, (CuLibrary library))                                        \
-  F(cuLibraryGetKernel, cuLibraryGetKernel,                                                       \
-    (CuKernel * kernel, CuLibrary library, const char* name))                                     \
-  F(cuKernelGetFunction, cuKernelGetFunction, (CuFunction * function, CuKernel kernel))           \
-  F(cuKernelGetAttribute, cuKernelGetAttribute,                                                   \
-    (int* value, CuFunctionAttribute attribute, CuKernel kernel, CuDevice device))                \
-  F(cuKernelSetAttribute, cuKernelSetAttribute,                                                   \
-    (CuFunctionAttribute attribute, int value, CuKernel kernel, CuDevice device))                 \
-  F(cuLaunchKernelEx, cuLaunchKernelEx,                                                           \
-    (const CuLaunchConfig* config, CuKernel kernel, void** parameters, void** extra))             \
-  F(cuTensorMapEncodeTiled, cuTensorMapEncodeTiled,                                               \
-    (TensorMap * map, TensorMapType type, uint32_t rank, void* address, const uint64_t* extent,   \
-     const uint64_t* stride_bytes, const uint32_t* box, const uint32_t* element_stride,           \
+#define ANYMASK_DRIVER_FUNCTIONS(F)                                                             \
+  F(cuInit, cuInit, (uint32_t flags))                                                           \
+  F(cuDriverGetVersion, cuDriverGetVersion, (int* version))                                     \
+  F(cuGetErrorName, cuGetErrorName, (CuResult error, const char** text))                        \
+  F(cuGetErrorString, cuGetErrorString, (CuResult error, const char** text))                    \
+  F(cuDeviceGetCount, cuDeviceGetCount, (int* count))                                           \
+  F(cuDeviceGet, cuDeviceGet, (CuDevice * device, int ordinal))                                 \
+  F(cuDeviceGetName, cuDeviceGetName, (char* name, int length, CuDevice device))                \
+  F(cuDeviceTotalMem, cuDeviceTotalMem_v2, (size_t * bytes, CuDevice device))                   \
+  F(cuDeviceGetAttribute, cuDeviceGetAttribute,                                                 \
+    (int* value, CuDeviceAttribute attribute, CuDevice device))                                 \
+  F(cuDevicePrimaryCtxRetain, cuDevicePrimaryCtxRetain, (CuContext * context, CuDevice device)) \
+  F(cuCtxGetCurrent, cuCtxGetCurrent, (CuContext * context))                                    \
+  F(cuCtxSetCurrent, cuCtxSetCurrent, (CuContext context))                                      \
+  F(cuCtxGetDevice, cuCtxGetDevice, (CuDevice * device))                                        \
+  F(cuThreadExchangeStreamCaptureMode, cuThreadExchangeStreamCaptureMode, (int* mode))          \
+  F(cuStreamSynchronize, cuStreamSynchronize, (CuStream stream))                                \
+  F(cuPointerGetAttribute, cuPointerGetAttribute,                                               \
+    (void* value, CuPointerAttribute attribute, CuAddress pointer))                             \
+  F(cuMemAlloc, cuMemAlloc_v2, (CuAddress * address, size_t bytes))                             \
+  F(cuMemFree, cuMemFree_v2, (CuAddress address))                                               \
+  F(cuMemcpyHtoDAsync, cuMemcpyHtoDAsync_v2,                                                    \
+    (CuAddress to, const void* from, size_t bytes, CuStream stream))                            \
+  F(cuMemcpyDtoHAsync, cuMemcpyDtoHAsync_v2,                                                    \
+    (void* to, CuAddress from, size_t bytes, CuStream stream))                                  \
+  F(cuMemsetD32Async, cuMemsetD32Async,                                                         \
+    (CuAddress address, uint32_t value, size_t words, CuStream stream))                         \
+  F(cuLibraryLoadData, cuLibraryLoadData,                                                       \
+    (CuLibrary * library, const void* code, int32_t* jit_options, void** jit_values,            \
+     uint32_t jit_count, int32_t* options, void** values, uint32_t count))                      \
+  F(cuLibraryUnload, cuLibraryUnload, (CuLibrary library))                                      \
+  F(cuLibraryGetKernel, cuLibraryGetKernel,                                                     \
+    (CuKernel * kernel, CuLibrary library, const char* name))                                   \
+  F(cuKernelGetFunction, cuKernelGetFunction, (CuFunction * function, CuKernel kernel))         \
+  F(cuKernelGetAttribute, cuKernelGetAttribute,                                                 \
+    (int* value, CuFunctionAttribute attribute, CuKernel kernel, CuDevice device))              \
+  F(cuKernelSetAttribute, cuKernelSetAttribute,                                                 \
+    (CuFunctionAttribute attribute, int value, CuKernel kernel, CuDevice device))               \
+  F(cuLaunchKernelEx, cuLaunchKernelEx,                                                         \
+    (const CuLaunchConfig* config, CuKernel kernel, void** parameters, void** extra))           \
+  F(cuTensorMapEncodeTiled, cuTensorMapEncodeTiled,                                             \
+    (TensorMap * map, TensorMapType type, uint32_t rank, void* address, const uint64_t* extent, \
+     const uint64_t* stride_bytes, const uint32_t* box, const uint32_t* element_stride,         \
      int32_t interleave, TensorMapSwizzle swizzle, TensorMapPromotion promotion, int32_t fill))
 
 struct Driver {
@@ -162,16 +163,17 @@ std::string driver_problem();
 // Throws RuntimeFailure with the driver's text unless `result` is success.
 void check(CuResult result, const char* what);
 
-// ---- devices -------------------------------------------------------------------------------------
+// ---- devices
+// -------------------------------------------------------------------------------------
 
 struct Gpu {
   int ordinal;
   CuDevice handle;
   std::string name;
-  int capability;       // 90 for compute capability 9.0
+  int capability;  // 90 for compute capability 9.0
   int multiprocessors;
   int l2_bytes;
-  int shared_bytes;     // the most that one block may have
+  int shared_bytes;  // the most that one block may have
   size_t memory_bytes;
 };
 

@@ -48,8 +48,8 @@ CuKernel load_kernel(const KernelConfig& config, const Gpu& gpu) {
   CuKernel handle = nullptr;
   check(driver().cuLibraryGetKernel(&handle, library, kKernelEntry), "cuLibraryGetKernel");
   if (config.shared_bytes > 0) {
-    check(driver().cuKernelSetAttribute(CuFunctionAttribute::kMaxDynamicShared,
-                                        config.shared_bytes, handle, gpu.handle),
+    check(driver().cuKernelSetAttribute(CuFunctionAttribute::kMaxDynamicShared, config.shared_bytes,
+                                        handle, gpu.handle),
           ("shared memory of " + title).c_str());
   }
   // Loads the code into the device's context now: later, at the first launch, it could fall into
@@ -66,8 +66,8 @@ void check_device(const KernelConfig& config, const Gpu& gpu) {
     return std::to_string(capability / 10) + "." + std::to_string(capability % 10);
   };
   throw Unsupported(std::string("CUDA: the ") + config.family->name + " kernel needs compute " +
-                    "capability " + (wanted != 0 ? text(wanted) : "8.0 or newer") + "; cuda:" +
-                    std::to_string(gpu.ordinal) + " (" + gpu.name + ") has " +
+                    "capability " + (wanted != 0 ? text(wanted) : "8.0 or newer") +
+                    "; cuda:" + std::to_string(gpu.ordinal) + " (" + gpu.name + ") has " +
                     text(gpu.capability));
 }
 
@@ -189,7 +189,8 @@ std::string kernel_source(const KernelConfig& config) {
             ", \"host and device disagree about the parameters\");\n";
   std::string call = family.function;
   if (family.config != nullptr) {
-    source += std::string("constexpr ") + family.config + " kConfig{" + values_text(config) + "};\n";
+    source +=
+        std::string("constexpr ") + family.config + " kConfig{" + values_text(config) + "};\n";
     call += "<kConfig>";
   }
   source += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(config.threads) +

@@ -19,15 +19,16 @@ namespace anymask::cuda {
 
 // What all variants of a kernel share. Static storage: configs point here.
 struct KernelFamily {
-  const char* name;      // in file names and messages: "forward"
-  const char* header;    // embedded header: "cuda/device/sm90/forward.h"
-  const char* config;    // type of the template argument: "anymask::cuda::ForwardConfig"; nullptr:
-                         // the function is no template
-  const char* params;    // type of the one parameter: "anymask::cuda::ForwardParams"
-  const char* function;  // "anymask::cuda::forward_kernel", called as forward_kernel<kConfig>(params)
-  int capability;        // the only compute capability it runs on, 90 for 9.0; 0: any from 8.0 on
-  bool matrix;           // multiplies matrices: the kernel check wants wgmma and bulk tensor copies
-  int param_bytes;       // sizeof(params) as the host sees it; the device compiler compares
+  const char* name;    // in file names and messages: "forward"
+  const char* header;  // embedded header: "cuda/device/sm90/forward.h"
+  const char* config;  // type of the template argument: "anymask::cuda::ForwardConfig"; nullptr:
+                       // the function is no template
+  const char* params;  // type of the one parameter: "anymask::cuda::ForwardParams"
+  const char*
+      function;     // "anymask::cuda::forward_kernel", called as forward_kernel<kConfig>(params)
+  int capability;   // the only compute capability it runs on, 90 for 9.0; 0: any from 8.0 on
+  bool matrix;      // multiplies matrices: the kernel check wants wgmma and bulk tensor copies
+  int param_bytes;  // sizeof(params) as the host sees it; the device compiler compares
 };
 
 inline constexpr int kMaxConfigValues = 16;
@@ -37,10 +38,10 @@ inline constexpr int kMaxConfigValues = 16;
 struct KernelConfig {
   const KernelFamily* family = nullptr;
   std::array<int32_t, kMaxConfigValues> values{};
-  int32_t count = 0;          // how many of them
-  int32_t threads = 0;        // of a block, as in __launch_bounds__
-  int32_t min_blocks = 1;     // a multiprocessor, likewise
-  int32_t shared_bytes = 0;   // dynamic shared memory
+  int32_t count = 0;         // how many of them
+  int32_t threads = 0;       // of a block, as in __launch_bounds__
+  int32_t min_blocks = 1;    // a multiprocessor, likewise
+  int32_t shared_bytes = 0;  // dynamic shared memory
 
   auto operator<=>(const KernelConfig&) const = default;
 };
@@ -61,9 +62,9 @@ struct Grid {
 };
 
 struct LaunchOptions {
-  uint32_t cluster_x = 1;        // blocks of a cluster
-  bool early_start = false;      // programmatic dependent launch: may start before the kernel ahead
-                                 // of it in the stream ends; the kernel waits by itself
+  uint32_t cluster_x = 1;    // blocks of a cluster
+  bool early_start = false;  // programmatic dependent launch: may start before the kernel ahead
+                             // of it in the stream ends; the kernel waits by itself
 };
 
 void launch_raw(const Kernel& kernel, Grid grid, CuStream stream, const void* params,

@@ -110,7 +110,7 @@ std::string open_nvrtc(const NvrtcSearch& search, Nvrtc& nvrtc) {
            ", or set ANYMASK_NVRTC to the path of libnvrtc.so. Looked for:" + looked;
   }
   std::string missing;
-#define ANYMASK_LOAD(name, parameters)                                         \
+#define ANYMASK_LOAD(name, parameters)                                     \
   nvrtc.name = reinterpret_cast<int(*) parameters>(dlsym(library, #name)); \
   if (nvrtc.name == nullptr) missing = #name;
   ANYMASK_NVRTC_FUNCTIONS(ANYMASK_LOAD)

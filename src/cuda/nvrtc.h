@@ -9,16 +9,16 @@ namespace anymask::cuda {
 
 using NvrtcProgram = struct NvrtcProgramObject*;
 
-#define ANYMASK_NVRTC_FUNCTIONS(F)                                                            \
-  F(nvrtcVersion, (int* major, int* minor))                                                   \
-  F(nvrtcCreateProgram, (NvrtcProgram * program, const char* source, const char* name,        \
-                         int header_count, const char* const* headers,                        \
-                         const char* const* header_names))                                    \
+#define ANYMASK_NVRTC_FUNCTIONS(F)                                                             \
+  F(nvrtcVersion, (int* major, int* minor))                                                    \
+  F(nvrtcCreateProgram,                                                                        \
+    (NvrtcProgram * program, const char* source, const char* name, int header_count,           \
+     const char* const* headers, const char* const* header_names))                             \
   F(nvrtcCompileProgram, (NvrtcProgram program, int option_count, const char* const* options)) \
-  F(nvrtcGetProgramLogSize, (NvrtcProgram program, size_t* bytes))                            \
-  F(nvrtcGetProgramLog, (NvrtcProgram program, char* log))                                    \
-  F(nvrtcGetCUBINSize, (NvrtcProgram program, size_t* bytes))                                 \
-  F(nvrtcGetCUBIN, (NvrtcProgram program, char* cubin))                                       \
+  F(nvrtcGetProgramLogSize, (NvrtcProgram program, size_t * bytes))                            \
+  F(nvrtcGetProgramLog, (NvrtcProgram program, char* log))                                     \
+  F(nvrtcGetCUBINSize, (NvrtcProgram program, size_t * bytes))                                 \
+  F(nvrtcGetCUBIN, (NvrtcProgram program, char* cubin))                                        \
   F(nvrtcDestroyProgram, (NvrtcProgram * program))
 
 struct Nvrtc {

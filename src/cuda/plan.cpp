@@ -19,9 +19,12 @@ constexpr KernelFamily kPack =
 constexpr KernelFamily kSeeKeys =
     family("plan_see_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
            "anymask::cuda::see_keys", sizeof(KeyOrderParams));
-constexpr KernelFamily kOrderKeys =
-    family("plan_order_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
-           "anymask::cuda::order_keys", sizeof(KeyOrderParams));
+constexpr KernelFamily kSortKeys =
+    family("plan_sort_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::sort_keys", sizeof(KeyOrderParams));
+constexpr KernelFamily kGroupKeys =
+    family("plan_group_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::group_keys", sizeof(KeyOrderParams));
 constexpr KernelFamily kClassify =
     family("plan_classify", "cuda/device/plan.h", nullptr, "anymask::cuda::ClassifyParams",
            "anymask::cuda::classify", sizeof(ClassifyParams));
@@ -31,10 +34,6 @@ constexpr KernelFamily kCount =
 constexpr KernelFamily kOrder =
     family("plan_order", "cuda/device/plan.h", nullptr, "anymask::cuda::OrderParams",
            "anymask::cuda::order_tiles", sizeof(OrderParams));
-
-// Parameters travel in constant memory, of which drivers before 12.1 give a kernel 4 KiB.
-static_assert(sizeof(ClassifyParams) <= 4096 && sizeof(OrderParams) <= 4096 &&
-              sizeof(KeyOrderParams) <= 4096);
 
 KernelConfig config_of(const KernelFamily& kernel_family, int threads, int min_blocks = 1) {
   KernelConfig config;
@@ -51,7 +50,8 @@ KernelConfig pack_config(int bytes, bool quads) {
   return config;
 }
 KernelConfig see_keys_config() { return config_of(kSeeKeys, kSeeThreads); }
-KernelConfig order_keys_config() { return config_of(kOrderKeys, kSortThreads); }
+KernelConfig sort_keys_config() { return config_of(kSortKeys, kSortThreads); }
+KernelConfig group_keys_config() { return config_of(kGroupKeys, kSortThreads); }
 // Two blocks a multiprocessor: its loads wait for each other, so warps count more than registers.
 KernelConfig classify_config() { return config_of(kClassify, kClassifyThreads, 2); }
 KernelConfig count_config() { return config_of(kCount, 32 * kOrderWarps); }
@@ -112,47 +112,55 @@ class Steps {
 
   // The order of keys. `program`: dense leaves packed.
   void order_keys(const rules::Program& program, int tile_columns, void* scratch) {
-    // An item of the sort has 34 bits for a key's group and last row.
-    constexpr int kMostRows = 1 << 22;
-    if (program.q_len > kMostRows) {
-      throw Unsupported("plan: keys can be reordered up to " + std::to_string(kMostRows) +
-                        " queries, got " + std::to_string(program.q_len));
-    }
     KeyOrderParams params{};
     params.program = program;
     params.program.key_order = nullptr;
     params.tile_columns = tile_columns;
     params.key_blocks = ceil_div(program.kv_len, kSeeThreads);
-    const int64_t keys = orders_of(program) * program.kv_len;
+    params.most_groups = group_count(program.kv_len, tile_columns);
+    const int64_t places = orders_of(program);
+    const int64_t keys = places * program.kv_len;
     params.items = static_cast<uint64_t*>(scratch);
     params.seen = reinterpret_cast<KeyRows*>(params.items + 2 * keys);
+    params.seen_keys = reinterpret_cast<int32_t*>(params.seen + keys);
     params.order = const_cast<int32_t*>(program.key_order);
     if (keys == 0) return;
-    add(see_keys_config(), orders_of(program) * params.key_blocks, params);
-    add(order_keys_config(), orders_of(program), params);
+    add(see_keys_config(), places * params.key_blocks, params);
+    add(sort_keys_config(), places, params);
+    add(group_keys_config(), places * (params.most_groups + 1), params);
   }
 
-  // A row map, a column map or both of one shape. `program`: dense leaves packed.
-  void classify(const rules::Program& program, const plan::TileMap* row_map,
+  // A row map, a column map or both of one shape, for the next classify().
+  void add_maps(const rules::Program& program, const plan::TileMap* row_map,
                 const plan::TileMap* column_map) {
-    ClassifyParams params{};
-    params.program = program;
-    params.shape = row_map != nullptr ? row_map->shape : column_map->shape;
-    params.row_tiles = ceil_div(program.q_len, params.shape.rows);
-    params.key_tiles = ceil_div(program.kv_len, params.shape.columns);
-    params.row_groups = ceil_div(params.row_tiles, kBlockRowTiles);
-    params.key_groups = ceil_div(params.key_tiles, 32) * (32 / kBlockKeyTiles);
-    params.look_at_spans = reads_every_pair(program) ? 0 : 1;
+    ClassifyPass& pass = classify_.passes[pass_count_++];
+    pass.shape = row_map != nullptr ? row_map->shape : column_map->shape;
+    pass.row_tiles = ceil_div(program.q_len, pass.shape.rows);
+    pass.key_tiles = ceil_div(program.kv_len, pass.shape.columns);
+    pass.row_groups = ceil_div(pass.row_tiles, kBlockRowTiles);
+    pass.key_groups = ceil_div(pass.key_tiles, 32) * (32 / kBlockKeyTiles);
+    const int64_t blocks = int64_t{order_.places} * pass.row_groups * pass.key_groups;
+    pass.blocks = static_cast<int32_t>(grid_of(blocks).x);
+    pass.look_at_spans = reads_every_pair(program) ? 0 : 1;
+    // One more look before the others pays once there are several blocks for each multiprocessor.
+    pass.look_at_block = pass.look_at_spans != 0 && blocks >= 1024 ? 1 : 0;
     for (const plan::TileMap* map : {row_map, column_map}) {
       if (map == nullptr) continue;
-      (map == row_map ? params.row_map : params.column_map) = *map;
+      (map == row_map ? pass.row_map : pass.column_map) = *map;
       order_.maps[order_.map_count++] = *map;
       outer_tiles_ += int64_t{order_.places} * map->outer_tiles;
     }
-    add(classify_config(), int64_t{order_.places} * params.row_groups * params.key_groups, params);
   }
 
-  // Counts and orders, of all maps so far.
+  // The bitmaps of all maps. `program`: dense leaves packed.
+  void classify(const rules::Program& program) {
+    classify_.program = program;
+    int64_t blocks = 0;
+    for (const ClassifyPass& pass : classify_.passes) blocks += pass.blocks;
+    add(classify_config(), blocks, classify_);
+  }
+
+  // Counts and orders of all maps.
   void order() {
     const int64_t blocks = (outer_tiles_ + kOrderWarps - 1) / kOrderWarps;
     add(count_config(), blocks, order_);
@@ -168,6 +176,8 @@ class Steps {
   }
 
   const rules::Program& program_;
+  ClassifyParams classify_{};
+  int pass_count_ = 0;
   OrderParams order_{};
   int64_t outer_tiles_ = 0;
   std::vector<PlanStep> steps_;
@@ -177,8 +187,8 @@ class Steps {
 
 int64_t plan_scratch_bytes(const rules::Program& lowered) {
   if (lowered.reorder_keys == 0) return 0;
-  constexpr int64_t kBytes = 2 * sizeof(uint64_t) + sizeof(KeyRows);
-  return orders_of(lowered) * lowered.kv_len * kBytes;
+  constexpr int64_t kBytesOfKey = 2 * sizeof(uint64_t) + sizeof(KeyRows);
+  return orders_of(lowered) * (lowered.kv_len * kBytesOfKey + int64_t{sizeof(int32_t)});
 }
 
 std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan,
@@ -193,9 +203,10 @@ std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan
   }
   // With one tile shape for both passes the two row maps are the same memory.
   if (plan.forward_rows.visible != plan.backward_rows.visible) {
-    steps.classify(plan.program, &plan.forward_rows, nullptr);
+    steps.add_maps(plan.program, &plan.forward_rows, nullptr);
   }
-  steps.classify(plan.program, &plan.backward_rows, &plan.backward_columns);
+  steps.add_maps(plan.program, &plan.backward_rows, &plan.backward_columns);
+  steps.classify(plan.program);
   steps.order();
   return steps.take();
 }
@@ -210,8 +221,9 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
 }
 
 std::vector<KernelConfig> plan_kernels() {
-  std::vector<KernelConfig> kernels = {classify_config(), count_config(),    order_config(),
-                                       see_keys_config(), order_keys_config(), pack_config(1, true)};
+  std::vector<KernelConfig> kernels = {classify_config(),   count_config(),     order_config(),
+                                       see_keys_config(),   sort_keys_config(), group_keys_config(),
+                                       pack_config(1, true)};
   for (const int bytes : {1, 2, 4, 8}) kernels.push_back(pack_config(bytes, false));
   return kernels;
 }

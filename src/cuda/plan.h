@@ -17,7 +17,7 @@ namespace anymask::cuda {
 void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scratch, int ordinal,
                 CuStream stream);
 
-// 0 unless keys are to be reordered: then 24 bytes a key and place.
+// 0 unless keys are to be reordered: then 24 bytes a key and place, and a little.
 int64_t plan_scratch_bytes(const rules::Program& lowered);
 
 // The launches that build_plan makes, in order. Apart for tests, which run the kernels on the CPU.

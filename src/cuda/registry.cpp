@@ -5,6 +5,7 @@
 #include <mutex>
 #include <thread>
 
+#include "cuda/forward.h"
 #include "cuda/kernel.h"
 #include "cuda/plan.h"
 
@@ -12,7 +13,8 @@ namespace anymask::cuda {
 
 std::vector<KernelConfig> registered_kernels() {
   std::vector<KernelConfig> all;
-  for (const auto& list : {plan_kernels()}) all.insert(all.end(), list.begin(), list.end());
+  for (const auto& list : {plan_kernels(), forward_kernels()})
+    all.insert(all.end(), list.begin(), list.end());
   return all;
 }
 

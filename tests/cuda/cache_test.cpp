@@ -164,12 +164,16 @@ TEST(CacheKey, DependsOnEverythingThatGoesIn) {
                       std::vector<std::string> options) {
     return to_hex(source_key(source, headers, options));
   };
-  const std::vector<std::string> keys = {
-      key("s", {header}, {"-a", "-b"}),  key("t", {header}, {"-a", "-b"}),
-      key("s", {renamed}, {"-a", "-b"}), key("s", {changed}, {"-a", "-b"}),
-      key("s", {}, {"-a", "-b"}),        key("s", {header}, {"-a"}),
-      key("s", {header}, {"-a-b"}),      key("s", {header}, {"-b", "-a"}),
-      to_hex(with_compiler(key_of("s"), 13000)), to_hex(with_compiler(key_of("s"), 13001))};
+  const std::vector<std::string> keys = {key("s", {header}, {"-a", "-b"}),
+                                         key("t", {header}, {"-a", "-b"}),
+                                         key("s", {renamed}, {"-a", "-b"}),
+                                         key("s", {changed}, {"-a", "-b"}),
+                                         key("s", {}, {"-a", "-b"}),
+                                         key("s", {header}, {"-a"}),
+                                         key("s", {header}, {"-a-b"}),
+                                         key("s", {header}, {"-b", "-a"}),
+                                         to_hex(with_compiler(key_of("s"), 13000)),
+                                         to_hex(with_compiler(key_of("s"), 13001))};
   for (size_t i = 0; i < keys.size(); ++i) {
     for (size_t j = 0; j < i; ++j) EXPECT_NE(keys[i], keys[j]) << i << " and " << j;
   }

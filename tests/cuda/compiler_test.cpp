@@ -27,11 +27,10 @@ TEST(Nvrtc, SaysHowToInstallItAndWhereItLooked) {
   search.roots = {"/nowhere/cuda"};
   Nvrtc nvrtc;
   const std::string problem = open_nvrtc(search, nvrtc);
-  for (const char* part :
-       {"pip install \"nvidia-cuda-nvrtc==13.*\"", "ANYMASK_NVRTC",
-        "/nowhere/site-packages/nvidia/cu13/lib/libnvrtc.so.13",
-        "/nowhere/site-packages/nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
-        "/nowhere/cuda/lib64/libnvrtc.so.13"}) {
+  for (const char* part : {"pip install \"nvidia-cuda-nvrtc==13.*\"", "ANYMASK_NVRTC",
+                           "/nowhere/site-packages/nvidia/cu13/lib/libnvrtc.so.13",
+                           "/nowhere/site-packages/nvidia/cuda_nvrtc/lib/libnvrtc.so.12",
+                           "/nowhere/cuda/lib64/libnvrtc.so.13"}) {
     EXPECT_NE(problem.find(part), std::string::npos) << part << " is not in: " << problem;
   }
 }

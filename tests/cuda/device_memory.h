@@ -32,7 +32,8 @@ class DeviceMemory {
   }
   // Every word of it, to see what a kernel leaves unwritten.
   void poison() const {
-    check(driver().cuMemsetD32Async(address_, 0xdeadbeefu, bytes_ / 4, nullptr), "cuMemsetD32Async");
+    check(driver().cuMemsetD32Async(address_, 0xdeadbeefu, bytes_ / 4, nullptr),
+          "cuMemsetD32Async");
   }
   std::vector<char> get() const {
     std::vector<char> all(bytes_);
@@ -59,10 +60,10 @@ class DeviceCopies {
   std::vector<DeviceMemory> all_;
 };
 
-#define ANYMASK_NEEDS_GPU()                                                   \
-  if (::anymask::cuda::gpu_count() == 0) {                                    \
-    GTEST_SKIP() << "no GPU: " << ::anymask::cuda::driver_problem();          \
-  }                                                                           \
+#define ANYMASK_NEEDS_GPU()                                          \
+  if (::anymask::cuda::gpu_count() == 0) {                           \
+    GTEST_SKIP() << "no GPU: " << ::anymask::cuda::driver_problem(); \
+  }                                                                  \
   const ::anymask::cuda::DeviceScope gpu_scope(0)
 
 }  // namespace anymask::cuda

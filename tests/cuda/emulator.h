@@ -87,7 +87,8 @@ class EmulatedBlock {
     fiber.context.uc_stack.ss_sp = fiber.stack.get();
     fiber.context.uc_stack.ss_size = kStackBytes;
     fiber.context.uc_link = &scheduler_;
-    makecontext(&fiber.context, [] { current_->enter(); }, 0);
+    makecontext(
+        &fiber.context, [] { current_->enter(); }, 0);
   }
 
   // Runs a fiber up to where it waits or ends; true when it has ended.

@@ -159,7 +159,7 @@ inline std::vector<char> cpu_plan(const Program& program, const plan::TileShapes
 
 // Compares a section word by word; padding between sections is nobody's.
 inline void compare(const char* what, const void* section, int64_t words, const void* cpu_base,
-             const void* gpu_base, const void* layout_base) {
+                    const void* gpu_base, const void* layout_base) {
   const auto offset = static_cast<const char*>(section) - static_cast<const char*>(layout_base);
   const char* a = static_cast<const char*>(cpu_base) + offset;
   const char* b = static_cast<const char*>(gpu_base) + offset;
@@ -171,8 +171,8 @@ inline void compare(const char* what, const void* section, int64_t words, const 
   }
 }
 
-inline void compare_maps(const char* what, const plan::TileMap& map, int64_t places, const void* cpu,
-                  const void* gpu, const void* base) {
+inline void compare_maps(const char* what, const plan::TileMap& map, int64_t places,
+                         const void* cpu, const void* gpu, const void* base) {
   SCOPED_TRACE(what);
   const int64_t outer = places * map.outer_tiles;
   compare("visible", map.visible, outer * map.words, cpu, gpu, base);
@@ -217,12 +217,13 @@ struct Size {
   plan::TileShapes shapes;
 };
 inline const Size kSizes[] = {
-    {1, 1, 1000, 1000, {{128, 128}, {128, 128}}},
-    {2, 3, 777, 1301, {{192, 128}, {64, 128}}},
-    {1, 2, 5000, 300, {{128, 176}, {80, 48}}},
-    {3, 1, 33, 6000, {{16, 16}, {128, 96}}},
+    {1, 1, 1000, 1000, {{128, 128}, {128, 128}}}, {2, 3, 777, 1301, {{192, 128}, {64, 128}}},
+    {1, 2, 5000, 300, {{128, 176}, {80, 48}}},    {3, 1, 33, 6000, {{16, 16}, {128, 96}}},
     {1, 1, 1, 1, {{128, 128}, {64, 80}}},
 };
+
+// So many places that `classify` starts with a look at whole blocks of tiles.
+inline const Size kManyPlaces = {8, 8, 1000, 1000, {{16, 16}, {128, 64}}};
 
 using Fill = void (*)(Masks&);
 struct Case {
@@ -304,15 +305,18 @@ inline const Case kCases[] = {
      }},
 };
 
-// Every case in every size, or (quickly) in one size each; `build(masks, shapes)` returns a BuiltPlan.
+// Every case in every size, or (quickly) in one size each; `build(masks, shapes)` returns a
+// BuiltPlan.
 template <typename Build>
 void check_plans(bool quickly, Build build) {
+  std::vector<Size> sizes(std::begin(kSizes), std::end(kSizes));
+  if (!quickly) sizes.push_back(kManyPlaces);
   unsigned seed = 0;
   for (size_t i = 0; i < std::size(kCases); ++i) {
-    for (size_t j = 0; j < std::size(kSizes); ++j) {
-      const Size& size = kSizes[j];
+    for (size_t j = 0; j < sizes.size(); ++j) {
+      const Size& size = sizes[j];
       ++seed;
-      if (quickly && j != i % std::size(kSizes)) continue;
+      if (quickly && j != i % sizes.size()) continue;
       SCOPED_TRACE(std::string(kCases[i].name) + ", q_len " + std::to_string(size.q_len) +
                    ", kv_len " + std::to_string(size.kv_len));
       Masks masks(seed, size.batches, size.heads, size.q_len, size.kv_len);

@@ -30,9 +30,7 @@ def naive(q, k, v, allowed, scale=None):
 
 def per_head(allowed, batch, q_heads, q_len, kv_len):
     """A mask's own batches and heads -> a torch bool [batch, q_heads, q_len, kv_len]."""
-    return torch.from_numpy(
-        np.array(reference._per_head(allowed, (batch, q_heads, q_len, kv_len)))
-    )
+    return torch.from_numpy(np.array(reference._per_head(allowed, (batch, q_heads, q_len, kv_len))))
 
 
 def assert_close(name, got, ref, low, floor=0.0):

@@ -1,11 +1,10 @@
-"""Random masks with what they mean, pair by pair: the ground of the property tests and the fuzzer."""
+"""Random masks and what they mean, pair by pair: for the property tests and the fuzzer."""
 
 from __future__ import annotations
 
+import anymask as am
 import numpy as np
 import reference
-
-import anymask as am
 
 
 def batch_or_one(rng, batch):

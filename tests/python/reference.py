@@ -8,9 +8,8 @@ import numpy as np
 def attention(q, k, v, allowed, scale=None):
     """(out, lse) of q [B, Sq, Hq, D], k, v; allowed broadcasts to [B, Hq, Sq, Sk]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    batch, q_len, q_heads, dim = q.shape
-    group = q_heads // k.shape[2]
-    scale = dim**-0.5 if scale is None else scale
+    group = q.shape[2] // k.shape[2]
+    scale = q.shape[3] ** -0.5 if scale is None else scale
     p, lse = _probabilities(q, k, allowed, scale, group)
     out = np.einsum("bhij,bjhd->bihd", p, np.repeat(v, group, axis=2))
     return out, lse

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import anymask as am
 import mask_cases
 import numpy as np
 import pytest
 import reference
 import torch
+from anymask import benchmark_masks
 from checks import DTYPES, assert_close, naive, per_head
 from hypothesis import given
 from hypothesis import strategies as st
-
-import anymask as am
-from anymask import benchmark_masks
 
 
 def draw(rng, shape, dtype):
@@ -139,9 +138,7 @@ def test_large_scores_do_not_overflow(instruction_set):
     q, k, v = (draw(rng, (1, 80, 1, 16), "float32").requires_grad_() for _ in range(3))
     out = am.attention(q * 100, k * 100, v, am.causal())  # scores of +-10^5
     allowed = reference.causal(80, 80)
-    ref, _ = reference.attention(
-        *(x.detach().numpy() for x in (q * 100, k * 100, v)), allowed
-    )
+    ref, _ = reference.attention(*(x.detach().numpy() for x in (q * 100, k * 100, v)), allowed)
     assert_close("out", out, ref, naive(q * 100, k * 100, v, per_head(allowed, 1, 1, 80, 80))[0])
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert gradient.isfinite().all()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import anymask as am
 import numpy as np
 import pytest
-
-import anymask as am
 
 
 def arrays(batch=2, q_len=5, kv_len=7, q_heads=4, kv_heads=2, dim=16, v_dim=16, dtype=np.float32):
@@ -149,9 +148,9 @@ def test_torch_errors():
     q, k, v = map(torch.from_numpy, (Q, K, V))
     with pytest.raises(TypeError, match="k: got ndarray; q, k and v must all be torch"):
         am.attention(q, K, v)
-    with pytest.raises(TypeError, match="q: got torch.int32"):
+    with pytest.raises(TypeError, match=r"q: got torch\.int32"):
         am.attention(q.int(), k, v)
-    with pytest.raises(TypeError, match="k .*bfloat16.*float32"):
+    with pytest.raises(TypeError, match=r"k .*bfloat16.*float32"):
         am.attention(q, k.bfloat16(), v)
     with pytest.raises(ValueError, match="last dimension"):
         am.attention(torch.ones(2, 5, 4, 32)[..., ::2], k, v)
@@ -168,8 +167,8 @@ def test_missing_library(monkeypatch, tmp_path):
 
     monkeypatch.setattr(_library, "_loaded", None)
     monkeypatch.setenv("ANYMASK_LIBRARY", str(tmp_path / "nothing.so"))
-    with pytest.raises(RuntimeError, match="was not found; looked at .*nothing.so"):
+    with pytest.raises(RuntimeError, match=r"was not found; looked at .*nothing\.so"):
         am.causal().to_dense(q_len=3)
     (tmp_path / "nothing.so").write_bytes(b"not a library")
-    with pytest.raises(RuntimeError, match="cannot load .*nothing.so"):
+    with pytest.raises(RuntimeError, match=r"cannot load .*nothing\.so"):
         am.causal().to_dense(q_len=3)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 
+import anymask as am
 import mask_cases
 import numpy as np
 import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-
-import anymask as am
 
 lengths = st.one_of(st.integers(1, 8), st.integers(1, 300))
 seeds = st.integers(0, 2**32 - 1)
@@ -146,7 +145,7 @@ def test_intervals_from_dense_names_the_column():
 @given(m=lengths, n=lengths, seed=seeds, tile=st.sampled_from([(16, 16), (128, 128), (64, 32)]))
 def test_tile_classes_and_counts(m, n, seed, tile):
     rng = np.random.default_rng(seed)
-    mask, allowed = mask_cases.random_tree(rng, 2, 4, m, n, 3)
+    mask, _ = mask_cases.random_tree(rng, 2, 4, m, n, 3)
     classes = mask.tile_classes(2, 4, m, n, tile=tile)
     own = mask.to_dense(2, 4, m, n)
     assert classes.shape == (*own.shape[:2], -(-m // tile[0]), -(-n // tile[1]))
@@ -221,7 +220,7 @@ def test_masks_are_values():
     with pytest.raises(TypeError, match="truth value"):
         bool(mask)
     with pytest.raises(TypeError):
-        mask & True  # noqa: B018
+        mask & True
 
 
 def test_sizes_come_from_the_arrays():

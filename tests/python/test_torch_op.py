@@ -111,7 +111,8 @@ def test_compile_with_a_mask_from_outside(backend):
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_with_a_mask_built_inside(backend):
     def function(q, k, v, ids, window):
-        mask = (am.sliding_window(window) | am.prefix_lm(3)) & ~am.documents(ids, ids + 1)
+        others = am.documents(ids, ids + 1).complement()
+        mask = (am.sliding_window(window) | am.prefix_lm(3)) & others
         out, lse = am.attention(q, k, v, mask, return_lse=True, layout="bhsd")
         return out + lse.masked_fill(lse.isinf(), 0.0)[..., None]
 

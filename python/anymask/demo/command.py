@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -45,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         metavar="N",
-        help="training steps (default: up to 24, on a GPU 100, as many as torch's run does in "
+        help="training steps (default: up to 30, on a GPU 100, as many as torch's run does in "
         "about a minute)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
@@ -138,26 +137,14 @@ def _train(config: Config, progress: Progress) -> object:
     return run
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def _facts(config: Config, parameters: int, total_seconds: float) -> list[tuple[str, str]]:
     import torch
 
     import anymask as am
+    from anymask import machine
 
-    facts = [("processor", f"{_cpu_name()}, {_cores()} cores")]
+    facts = [("processor", f"{machine.cpu_name()}, {machine.cores()} cores; anymask uses "
+              f"{machine.instruction_set()}")]  # fmt: skip
     if config.device == "cuda":
         facts.append(("GPU", torch.cuda.get_device_name()))
     return [

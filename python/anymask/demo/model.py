@@ -42,8 +42,6 @@ class Block(nn.Module):
         self.out = nn.Linear(heads * head_dim, width, bias=False)
         self.up = nn.Linear(width, 4 * width, bias=False)
         self.down = nn.Linear(4 * width, width, bias=False)
-        nn.init.zeros_(self.out.weight)  # each block starts as the identity
-        nn.init.zeros_(self.down.weight)
 
     def forward(self, x: Tensor, rotate: Rotation, attend: Attend) -> Tensor:
         batch, length, _ = x.shape
@@ -63,7 +61,6 @@ class LanguageModel(nn.Module):
         self.rotate = Rotation(length, head_dim)
         self.blocks = nn.ModuleList(Block(width, heads, head_dim) for _ in range(layers))
         self.head = nn.Linear(width, BYTES, bias=False)
-        nn.init.zeros_(self.head.weight)  # the first loss is log(256)
 
     def forward(self, text: Tensor, attend: Attend) -> Tensor:
         x = _normed(self.embedding(text))

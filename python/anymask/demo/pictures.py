@@ -11,12 +11,23 @@ from html import escape
 
 import numpy as np
 
-# Classes of a tile as Mask.tile_classes gives them: 1 all, 2 none, 3 some.
-_PALETTE = {1: (15, 118, 110, 255), 2: (0, 0, 0, 0), 3: (245, 158, 11, 255)}
-_SHADES = {1: (15, 118, 110, 255), 2: (0, 0, 0, 0), 3: (15, 118, 110, 150)}
+from anymask.drawing import ALL, COLOURS, NONE, SOME
+
+Colour = tuple[int, int, int, int]  # red, green, blue, opacity
 
 
-def png(indices: np.ndarray, palette: dict[int, tuple[int, int, int, int]]) -> bytes:
+def colour(text: str, opacity: int = 255) -> Colour:
+    """Of "#rrggbb"."""
+    red, green, blue = bytes.fromhex(text[1:])
+    return red, green, blue, opacity
+
+
+_CLEAR = (0, 0, 0, 0)
+_TILES = {ALL: colour(COLOURS[ALL]), SOME: colour(COLOURS[SOME]), NONE: _CLEAR}
+_PAIRS = {ALL: colour(COLOURS[ALL]), SOME: colour(COLOURS[ALL], 150), NONE: _CLEAR}
+
+
+def png(indices: np.ndarray, palette: dict[int, Colour]) -> bytes:
     """A PNG of palette indices, uint8 [rows, columns]."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -24,7 +35,7 @@ def png(indices: np.ndarray, palette: dict[int, tuple[int, int, int, int]]) -> b
         return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
 
     rows, columns = indices.shape
-    entries = [palette.get(i, (0, 0, 0, 0)) for i in range(max(palette) + 1)]
+    entries = [palette.get(i, _CLEAR) for i in range(max(palette) + 1)]
     lines = np.pad(indices.astype(np.uint8), ((0, 0), (1, 0)))  # filter 0 in front of each row
     return b"".join(
         (
@@ -92,16 +103,16 @@ def mask_pairs(classes: np.ndarray, cu_seqlens: np.ndarray, names: Sequence[str]
         else:
             x, anchor = _LEFT + int(begin) / length * _SIDE - 6, "end"
         labels.append(_text(x, _TOP + middle + 4, name, anchor, "name"))
-    return _mask_frame(classes, _SHADES, length, "which byte may see which", "".join(labels))
+    return _mask_frame(classes, _PAIRS, length, "which byte may see which", "".join(labels))
 
 
 def mask_tiles(classes: np.ndarray, length: int) -> str:
     """How the mask falls on tiles, one square a tile."""
     size = max(8, 512 // len(classes))
     grown = classes.repeat(size, axis=0).repeat(size, axis=1)
-    grown[::size] = 2  # a gap between squares
-    grown[:, ::size] = 2
-    return _mask_frame(grown, _PALETTE, length, "the class of each tile", "")
+    grown[::size] = NONE  # a gap between squares
+    grown[:, ::size] = NONE
+    return _mask_frame(grown, _TILES, length, "the class of each tile", "")
 
 
 # ---- curves -------------------------------------------------------------------------------------
@@ -113,66 +124,89 @@ def _nice_step(span: float) -> float:
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
 
 
-class _Axes:
-    """A frame with steps along x; `low` and `high` bound y."""
+def _ticks(last: float) -> list[float]:
+    """Round numbers from the first step's size up to `last`."""
+    step = _nice_step(last)
+    return [step * i for i in range(1, int(last / step + 1e-9) + 1)]
 
-    def __init__(self, steps: int, low: float, high: float, height: int) -> None:
+
+class _Axes:
+    """A frame: x from `first` to `last`, y from `low` to `high`."""
+
+    def __init__(self, first: float, last: float, low: float, high: float, height: int) -> None:
         self.width, self.height = 940, height
         self.left, self.right, self.top, self.bottom = 62, 925, 12, height - 40
-        self.last = max(steps - 1, 1)
-        self.low, self.high = low, high
+        self.first, self.last = first, last if last > first else first + 1
+        self.low, self.high = low, high if high > low else low + 1
 
-    def x(self, step: float) -> float:
-        return self.left + (self.right - self.left) * step / self.last
+    def x(self, value: float) -> float:
+        share = (value - self.first) / (self.last - self.first)
+        return self.left + (self.right - self.left) * share
 
     def y(self, value: float) -> float:
         share = (value - self.low) / (self.high - self.low)
         return self.bottom - (self.bottom - self.top) * min(max(share, 0.0), 1.0)
 
-    def grid(self, ticks: Sequence[tuple[float, str]]) -> list[str]:
+    def grid(self, ticks: Sequence[tuple[float, str]], name: str) -> list[str]:
         parts = []
         for value, text in ticks:
             y = self.y(value)
             parts.append(_line(self.left, y, self.right, y, "grid"))
             parts.append(_text(self.left - 8, y + 4, text, "end"))
-        every = max(1, round(_nice_step(self.last)))
-        for step in range(0, self.last + 1, every):
-            parts.append(_text(self.x(step), self.bottom + 18, str(step + 1)))
-        parts.append(_text((self.left + self.right) / 2, self.height - 4, "step", kind="axis"))
+        for value in (self.first, *_ticks(self.last)):
+            if value == self.first or self.x(value) - self.left > 40:
+                parts.append(_text(self.x(value), self.bottom + 18, f"{value:g}"))
+        parts.append(_text((self.left + self.right) / 2, self.height - 4, name, kind="axis"))
         return parts
 
-    def curve(self, values: Sequence[float], kind: str) -> str:
-        points = " ".join(f"{self.x(i):.1f},{self.y(v):.1f}" for i, v in enumerate(values))
-        return f'<polyline class="{kind}" points="{points}"/>'
+    def curve(self, points: Sequence[tuple[float, float]], kind: str) -> str:
+        places = " ".join(f"{self.x(x):.1f},{self.y(y):.1f}" for x, y in points)
+        return f'<polyline class="{kind}" points="{places}"/>'
 
-    def dots(self, values: Sequence[float], titles: Sequence[str], kind: str) -> str:
-        return "".join(
-            f'<circle class="{kind}" cx="{self.x(i):.1f}" cy="{self.y(v):.1f}" r="3.2">'
+    def dot(self, x: float, y: float, title: str, kind: str = "anymask-dot") -> str:
+        return (
+            f'<circle class="{kind}" cx="{self.x(x):.1f}" cy="{self.y(y):.1f}" r="3.2">'
             f"<title>{escape(title)}</title></circle>"
-            for i, (v, title) in enumerate(zip(values, titles))
         )
+
+
+def _loss_axes(
+    values: Sequence[float], first: float, last: float, height: int
+) -> tuple[_Axes, list[tuple[float, str]]]:
+    step = _nice_step(max(values) - min(values))
+    low = math.floor(min(values) / step) * step
+    count = max(1, math.ceil((max(values) - low) / step - 1e-9))
+    ticks = [(low + i * step, f"{low + i * step:.4g}") for i in range(count + 1)]
+    return _Axes(first, last, low, ticks[-1][0], height), ticks
 
 
 def losses(torch: Sequence[float], anymask: Sequence[float]) -> str:
     """Both curves on top of each other: torch's wide and pale, anymask's thin on it."""
-    every = [*torch, *anymask]
-    step = _nice_step(max(every) - min(every))
-    low, high = math.floor(min(every) / step) * step, math.ceil(max(every) / step) * step
-    high = high if high > low else low + step
-    axes = _Axes(len(torch), low, high, 340)
-    count = round((high - low) / step)
-    ticks = [(low + i * step, f"{low + i * step:.3g}") for i in range(count + 1)]
-    titles = [
-        f"step {i + 1}: torch {a:.6f}, anymask {b:.6f}"
-        for i, (a, b) in enumerate(zip(torch, anymask))
-    ]
+    axes, ticks = _loss_axes([*torch, *anymask], 1, len(torch), 340)
     parts = [
-        *axes.grid(ticks),
-        axes.curve(torch, "torch"),
-        axes.curve(anymask, "anymask"),
-        axes.dots(anymask, titles, "anymask-dot"),
+        *axes.grid(ticks, "step"),
+        axes.curve(list(enumerate(torch, 1)), "torch"),
+        axes.curve(list(enumerate(anymask, 1)), "anymask"),
     ]
+    for step, (a, b) in enumerate(zip(torch, anymask), 1):
+        parts.append(axes.dot(step, b, f"step {step}: torch {a:.6f}, anymask {b:.6f}"))
     return _svg(axes.width, axes.height, "training losses", parts)
+
+
+def losses_over_time(
+    torch: Sequence[tuple[float, float]], anymask: Sequence[tuple[float, float]]
+) -> str:
+    """The same curves of (seconds, loss)."""
+    every = [*torch, *anymask]
+    axes, ticks = _loss_axes([loss for _, loss in every], 0, max(x for x, _ in every), 260)
+    parts = axes.grid(ticks, "seconds of training")
+    for name, points in (("torch", torch), ("anymask", anymask)):
+        parts.append(axes.curve(points, f"{name}-thin"))
+        for step, (x, y) in enumerate(points, 1):
+            parts.append(
+                axes.dot(x, y, f"{name}, step {step}: {y:.4f} after {x:.1f} s", f"{name}-dot")
+            )
+    return _svg(axes.width, axes.height, "training losses over time", parts)
 
 
 def differences(values: Sequence[float]) -> str:
@@ -180,17 +214,14 @@ def differences(values: Sequence[float]) -> str:
     there = [v for v in values if v > 0.0] or [1e-8]
     low, high = math.floor(math.log10(min(there))), math.ceil(math.log10(max(there)))
     high = max(high, low + 1)
-    axes = _Axes(len(values), low, high, 170)
+    axes = _Axes(1, len(values), low, high, 170)
     every = max(1, (high - low + 2) // 4)
-    parts = axes.grid([(e, f"1e{e}") for e in range(low, high + 1, every)])
-    for i, value in enumerate(values):
+    parts = axes.grid([(e, f"1e{e}") for e in range(low, high + 1, every)], "step")
+    for step, value in enumerate(values, 1):
         if value > 0.0:
-            x, y = axes.x(i), axes.y(math.log10(value))
-            parts.append(_line(x, axes.bottom, x, y, "stem"))
-            parts.append(
-                f'<circle class="anymask-dot" cx="{x:.1f}" cy="{y:.1f}" r="3.2">'
-                f"<title>step {i + 1}: {value:.2e}</title></circle>"
-            )
+            x, y = axes.x(step), math.log10(value)
+            parts.append(_line(x, axes.bottom, x, axes.y(y), "stem"))
+            parts.append(axes.dot(step, y, f"step {step}: {value:.2e}"))
     return _svg(axes.width, axes.height, "difference of the losses", parts)
 
 

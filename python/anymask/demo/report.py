@@ -9,6 +9,11 @@ from string import Template
 
 from anymask.demo import pictures
 from anymask.demo.results import Comparison, MaskView, text_of_bytes
+from anymask.drawing import ALL, COLOURS, SOME
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{MIDDLE DOT}" for c in text)
 
 
 def _rows(facts: Sequence[tuple[str, str]]) -> str:
@@ -63,8 +68,8 @@ def _mask_legend(view: MaskView) -> str:
     counts = view.statistics
     none = counts.tiles - counts.all_tiles - counts.some_tiles
     entries = (
-        ("var(--anymask)", "all pairs allowed", counts.all_tiles, "computed without a mask"),
-        ("var(--some)", "some", counts.some_tiles, "computed with the mask's bits"),
+        (COLOURS[ALL], "all pairs allowed", counts.all_tiles, "computed without a mask"),
+        (COLOURS[SOME], "some", counts.some_tiles, "computed with the mask's bits"),
         ("var(--line)", "none", none, "skipped"),
     )
     return "".join(
@@ -134,7 +139,7 @@ def render(both: Comparison, view: MaskView, facts: Sequence[tuple[str, str]]) -
         sample = (
             f"<p style='margin:18px 0 0'>What the model writes after {len(anymask.losses)} steps "
             f"on {len(anymask.losses) * config.batch * config.length:,} bytes (it has only begun "
-            f"to learn):</p><pre>{escape(anymask.sample)}</pre>"
+            f"to learn):</p><pre>{escape(_printable(anymask.sample))}</pre>"
         )
     values = {
         "title": escape(_title(both)),
@@ -157,6 +162,7 @@ def render(both: Comparison, view: MaskView, facts: Sequence[tuple[str, str]]) -
         "so the curves lie on top of each other; what differs is the order of sums in "
         f"{config.dtype}. Largest difference: {both.largest_difference:.2e}.",
         "losses": pictures.losses(torch.losses, anymask.losses),
+        "losses_over_time": pictures.losses_over_time(torch.points, anymask.points),
         "differences": pictures.differences(both.differences),
         "speed_text": "A whole training step: making the mask (each batch packs other documents), "
         "forward, backward and optimizer; the mean over all steps but the first. A token is a "

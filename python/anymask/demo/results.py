@@ -41,6 +41,11 @@ class Run:
         return float(np.mean(self.seconds[1:] or self.seconds))
 
     @property
+    def points(self) -> list[tuple[float, float]]:
+        """(seconds since the start, loss) of each step."""
+        return list(zip(np.cumsum(self.seconds).tolist(), self.losses))
+
+    @property
     def tokens_per_second(self) -> float:
         return self.config.batch * self.config.length / self.step_seconds
 

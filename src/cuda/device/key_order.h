@@ -1,9 +1,9 @@
 // Orders the keys of a scattered mask so that similar columns share tiles: keys that some row sees
 // come first, in groups by first row, each group sorted by last row. The CPU's order exactly.
 //
-// `see_keys` finds the first and last row of every key; `order_keys` sorts, one block a place: even
-// 131072 keys take a block only a few hundred microseconds, so a sort over the whole device, with
-// its many launches, would gain nothing where masks have many places.
+// `see_keys` finds the first and last row of every key. `sort_keys` sorts by first row, one block a
+// place; under a causal mask keys come sorted and it only looks. `group_keys` sorts by last row,
+// one block a group.
 #pragma once
 
 #include "cuda/device/plan_params.h"
@@ -11,7 +11,8 @@
 
 namespace anymask::cuda {
 
-// ---- what sees a key -------------------------------------------------------------------------------
+// ---- what sees a key
+// -------------------------------------------------------------------------------
 
 inline bool any_visible(const rules::Program& program, rules::Place place, int key, int row_begin,
                         int row_end) {
@@ -53,7 +54,8 @@ inline void see_keys(const KeyOrderParams& params) {
   params.seen[int64_t{order} * program.kv_len + key] = all;
 }
 
-// ---- a stable radix sort by one block --------------------------------------------------------------
+// ---- a stable radix sort by one block
+// --------------------------------------------------------------
 //
 // An item is a value above kKeyBits and a key below. Each warp owns a run of items: it counts its
 // digits, the block turns counts into positions, each warp puts its items there in order.
@@ -66,6 +68,7 @@ struct SortBlock {
   int32_t position[kSortWarps][kDigits];
   int32_t total[kDigits];
   int32_t seen_keys;
+  int32_t unsorted;
 };
 
 // Walks this warp's run of items, 32 at a time: use(item, position), where the counter of the
@@ -93,8 +96,7 @@ inline void for_each_item(const uint64_t* items, int count, int shift, SortBlock
   }
 }
 
-inline void sort_digit(const uint64_t* from, uint64_t* to, int count, int shift,
-                       SortBlock& block) {
+inline void sort_digit(const uint64_t* from, uint64_t* to, int count, int shift, SortBlock& block) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < kSortWarps * kDigits; i += kSortThreads) {
     block.position[i / kDigits][i % kDigits] = 0;
@@ -138,46 +140,67 @@ inline uint64_t* sort_items(uint64_t* items, uint64_t* other, int count, int bit
 
 inline int bits_of(int value) { return value > 0 ? 32 - __clz(value) : 1; }
 
-// sqrt(tiles) groups of sqrt(tiles) tiles each, rounded to the nearest.
-inline int group_count(int seen_keys, int tile_columns) {
-  const int tiles = (seen_keys + tile_columns - 1) / tile_columns;
-  int groups = 1;
-  while (groups * groups + groups < tiles) ++groups;
-  return groups;
+// ---- the two sorts
+// ---------------------------------------------------------------------------------
+
+inline uint64_t item_of(int32_t value, uint64_t key) {
+  return static_cast<uint64_t>(value) << kKeyBits | key;
 }
 
-inline void order_keys(const KeyOrderParams& params) {
+inline void sort_keys(const KeyOrderParams& params) {
   __shared__ SortBlock block;
   const int thread = static_cast<int>(threadIdx.x);
   const int keys = params.program.kv_len;
-  const int row_bits = bits_of(params.program.q_len);
   const int64_t place = blockIdx.x;
   const KeyRows* seen = params.seen + place * keys;
   uint64_t* items = params.items + place * 2 * keys;
 
-  if (thread == 0) block.seen_keys = 0;
+  if (thread == 0) block.seen_keys = block.unsorted = 0;
   __syncthreads();
   for (int key = thread; key < keys; key += kSortThreads) {
-    items[key] = static_cast<uint64_t>(seen[key].first) << kKeyBits | static_cast<uint64_t>(key);
+    items[key] = item_of(seen[key].first, static_cast<uint64_t>(key));
     if (seen[key].last > 0) atomicAdd(&block.seen_keys, 1);
+    if (key > 0 && seen[key - 1].first > seen[key].first) block.unsorted = 1;
   }
   __syncthreads();
-  uint64_t* by_first = sort_items(items, items + keys, keys, row_bits, block);
+  if (thread == 0) params.seen_keys[place] = block.seen_keys;
+  if (block.unsorted == 0) return;
+  const uint64_t* sorted =
+      sort_items(items, items + keys, keys, bits_of(params.program.q_len), block);
+  if (sorted == items) return;
+  for (int i = thread; i < keys; i += kSortThreads) items[i] = sorted[i];
+}
 
-  const int count = block.seen_keys;
-  const int groups = group_count(count, params.tile_columns);
-  for (int i = thread; i < keys; i += kSortThreads) {
-    const uint64_t key = by_first[i] & kKeyMask;
-    // Group g holds ranks from floor(count * g / groups) on; keys that nobody sees come after all.
-    const int64_t group = i < count ? (int64_t{i + 1} * groups - 1) / count : groups;
-    const uint64_t last = i < count ? static_cast<uint64_t>(seen[key].last) : 0;
-    by_first[i] = (static_cast<uint64_t>(group) << row_bits | last) << kKeyBits | key;
+inline void group_keys(const KeyOrderParams& params) {
+  __shared__ SortBlock block;
+  const int thread = static_cast<int>(threadIdx.x);
+  const int keys = params.program.kv_len;
+  const int group = static_cast<int>(blockIdx.x % (params.most_groups + 1));
+  const int64_t place = blockIdx.x / (params.most_groups + 1);
+  const KeyRows* seen = params.seen + place * keys;
+  uint64_t* items = params.items + place * 2 * keys;
+  int32_t* order = params.order + place * keys;
+
+  const int64_t count = params.seen_keys[place];
+  const int groups = group_count(static_cast<int>(count), params.tile_columns);
+  if (group == params.most_groups) {  // the last block copies what nobody sees
+    for (int i = static_cast<int>(count) + thread; i < keys; i += kSortThreads) {
+      order[i] = static_cast<int32_t>(items[i] & kKeyMask);
+    }
+    return;
+  }
+  if (group >= groups) return;
+  const int begin = static_cast<int>(count * group / groups);
+  const int size = static_cast<int>(count * (group + 1) / groups) - begin;
+  for (int i = begin + thread; i < begin + size; i += kSortThreads) {
+    const uint64_t key = items[i] & kKeyMask;
+    items[i] = item_of(seen[key].last, key);
   }
   __syncthreads();
-  uint64_t* const other = by_first == items ? items + keys : items;
-  const uint64_t* sorted = sort_items(by_first, other, keys, row_bits + bits_of(groups), block);
-  for (int i = thread; i < keys; i += kSortThreads) {
-    params.order[place * keys + i] = static_cast<int32_t>(sorted[i] & kKeyMask);
+  const uint64_t* sorted =
+      sort_items(items + begin, items + keys + begin, size, bits_of(params.program.q_len), block);
+  for (int i = thread; i < size; i += kSortThreads) {
+    order[begin + i] = static_cast<int32_t>(sorted[i] & kKeyMask);
   }
 }
 

@@ -36,8 +36,8 @@ inline uint32_t pack_column(const T* first, int64_t row_stride, int rows, int si
   return word;
 }
 
-// 32 rows of four columns of bytes. A byte that is not 0 sets its top bit; shifting right once a row
-// collects eight rows in each byte, and the four bytes of a column then sit in four registers.
+// 32 rows of four columns of bytes. A byte that is not 0 sets its top bit; shifting right once a
+// row collects eight rows in each byte, and the four bytes of a column then sit in four registers.
 inline void pack_quad(const uint8_t* first, int64_t row_stride, int rows, uint32_t* words) {
   uint32_t eights[4];
   for (int part = 0; part < 4; ++part) {
@@ -77,8 +77,8 @@ inline void pack(const PackParams& params) {
                  batch * words.batch_stride + head * words.head_stride +
                  word_row * words.row_stride;
 
-  const int first = (column_block * kPackThreads + static_cast<int>(threadIdx.x)) *
-                    (kConfig.quads ? 4 : 1);
+  const int first =
+      (column_block * kPackThreads + static_cast<int>(threadIdx.x)) * (kConfig.quads ? 4 : 1);
   if (kConfig.quads && first + 4 <= params.columns) {
     uint32_t packed[4];
     pack_quad(reinterpret_cast<const uint8_t*>(from + first), dense.row_stride, rows, packed);

@@ -4,7 +4,8 @@
 // rows costs a few instructions whatever the mask, the columns of a warp's lanes are neighbours in
 // memory, and classes joined column by column are sharper than those of a whole tile. Beside what a
 // tile may hold it tracks what it surely holds; only where the two differ does it look at the
-// pairs, so the result is exact.
+// pairs, so the result is exact. Looks go from large to small: a block's tiles, spans of eight,
+// one.
 #pragma once
 
 #include "cuda/device/plan_params.h"
@@ -17,7 +18,8 @@ inline constexpr uint32_t kWholeWarp = 0xffffffffu;
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
-// ---- what is known of a set of pairs ---------------------------------------------------------------
+// ---- what is known of a set of pairs
+// ---------------------------------------------------------------
 //
 // Bits 0 and 1: a rules::TileClass, what it may hold. Bits 2 and 3: the same, what it surely holds.
 
@@ -40,11 +42,10 @@ inline Known known_and(Known a, Known b) {
   return rules::class_and(may_hold(a), may_hold(b)) | surely_visible | surely_hidden;
 }
 
-inline Known known_or(Known a, Known b) {
-  return known_not(known_and(known_not(a), known_not(b)));
-}
+inline Known known_or(Known a, Known b) { return known_not(known_and(known_not(a), known_not(b))); }
 
-// ---- ids: what the rows of a span hold, found once for all columns ---------------------------------
+// ---- ids: what the rows of a span hold, found once for all columns
+// ---------------------------------
 //
 // rules::ids_class walks the rows for every tile it is asked about; asked column by column that
 // would be as many steps as there are pairs. The block keeps each span's summary instead.
@@ -69,7 +70,8 @@ inline IdRange id_range(const rules::Node& node, int row_begin, int row_end) {
   for (int row = row_begin + lane_index(); row < row_end; row += 32) {
     const int64_t id = rules::load_integer(node.rows, {0, 0}, row * node.rows.row_stride);
     const bool open = node.flag != 0 && id >= 0;
-    range.add(open ? IdRange{kNoIds.least, kNoIds.most, false, true} : IdRange{id, id, true, false});
+    range.add(open ? IdRange{kNoIds.least, kNoIds.most, false, true}
+                   : IdRange{id, id, true, false});
   }
   for (int step = 16; step > 0; step /= 2) {
     range.add({__shfl_xor_sync(kWholeWarp, range.least, step),
@@ -90,24 +92,27 @@ inline Known id_range_known(const IdRange& range, int64_t id) {
   return known;
 }
 
-// ---- classify ----------------------------------------------------------------------------------------
+// ---- classify
+// ----------------------------------------------------------------------------------------
 
 inline constexpr int kMaxIdLeaves = (rules::kMaxNodes + 1) / 2;
 inline constexpr int kSpans = kBlockRowTiles / kSpanTiles;
+inline constexpr int kIdRanges = kBlockRowTiles + kSpans + 1;
 
 // What the warps of a block share.
 struct ClassifyBlock {
   rules::Program program;  // its arrays moved to this block's place: asked about at {0, 0}
-  IdRange ids[kMaxIdLeaves][kBlockRowTiles + kSpans];  // of each row tile, then of each span
-  uint32_t visible[kBlockKeyTiles];                    // a bit for each row tile
+  IdRange ids[kMaxIdLeaves][kIdRanges];  // of each row tile, each span, the whole block
+  uint32_t visible[kBlockKeyTiles];      // a bit for each row tile
   uint32_t hidden[kBlockKeyTiles];
+  uint32_t whole;  // what is known of all its tiles together
   int32_t task_count;
   uint8_t tasks[kBlockRowTiles * kBlockKeyTiles];  // tiles still to look at: row * 8 + key
 };
 
 inline void move_to_place(rules::Array& array, rules::Place place) {
-  const int64_t offset = place.batch * array.batch_stride +
-                         (place.head / array.head_divisor) * array.head_stride;
+  const int64_t offset =
+      place.batch * array.batch_stride + (place.head / array.head_divisor) * array.head_stride;
   if (array.data != nullptr) {
     array.data = static_cast<const char*>(array.data) + offset * array.bytes;
   }
@@ -135,19 +140,20 @@ inline void start_block(const ClassifyParams& params, rules::Place place, Classi
     block.program.q_len = params.program.q_len;
     block.program.kv_len = params.program.kv_len;
     block.program.key_order = keys_at_place(params.program, place);
+    block.whole = 0;
     block.task_count = 0;
   }
   __syncthreads();
 }
 
-inline void summarize_ids(const ClassifyParams& params, int first_tile, ClassifyBlock& block) {
+inline void summarize_ids(const ClassifyPass& pass, int first_tile, ClassifyBlock& block) {
   int leaf = 0;
   for (int i = 0; i < block.program.count; ++i) {
     const rules::Node& node = block.program.nodes[i];
     if (node.op != rules::Op::kIds) continue;
     for (int tile = warp_index(); tile < kBlockRowTiles; tile += kClassifyWarps) {
-      const int row = (first_tile + tile) * params.shape.rows;
-      const int end = rules::min_of(row + params.shape.rows, block.program.q_len);
+      const int row = (first_tile + tile) * pass.shape.rows;
+      const int end = rules::min_of(row + pass.shape.rows, block.program.q_len);
       const IdRange range = id_range(node, row, end);
       if (lane_index() == 0) block.ids[leaf][tile] = range;
     }
@@ -155,11 +161,14 @@ inline void summarize_ids(const ClassifyParams& params, int first_tile, Classify
   }
   if (leaf == 0) return;
   __syncthreads();
-  for (int i = static_cast<int>(threadIdx.x); i < leaf * kSpans; i += kClassifyThreads) {
-    IdRange* ranges = block.ids[i / kSpans];
+  for (int i = static_cast<int>(threadIdx.x); i < leaf * (kSpans + 1); i += kClassifyThreads) {
+    IdRange* ranges = block.ids[i / (kSpans + 1)];
+    const int span = i % (kSpans + 1);
+    const int first = span < kSpans ? span * kSpanTiles : 0;
+    const int end = span < kSpans ? first + kSpanTiles : kBlockRowTiles;
     IdRange all = kNoIds;
-    for (int tile = 0; tile < kSpanTiles; ++tile) all.add(ranges[i % kSpans * kSpanTiles + tile]);
-    ranges[kBlockRowTiles + i % kSpans] = all;
+    for (int tile = first; tile < end; ++tile) all.add(ranges[tile]);
+    ranges[kBlockRowTiles + span] = all;
   }
   __syncthreads();
 }
@@ -197,8 +206,7 @@ inline Known column_known(const ClassifyBlock& block, const rules::Tile& tile, i
 }
 
 // A warp looks at rows x columns (positions); stops when `enough` has been seen.
-inline Known look(const ClassifyBlock& block, const rules::Tile& tile, int id_index,
-                  Known enough) {
+inline Known look(const ClassifyBlock& block, const rules::Tile& tile, int id_index, Known enough) {
   Known found = 0;
   for (int begin = tile.column_begin; begin < tile.column_end && (found & enough) != enough;
        begin += 32) {
@@ -224,8 +232,8 @@ inline rules::TileClass look_at_pairs(const ClassifyBlock& block, const rules::T
       const int position = begin + lane_index();
       rules::TileClass mine = 0;
       if (position < tile.column_end) {
-        mine = rules::class_of_word(
-            rules::column_word(block.program, {0, 0}, position, first), rows);
+        mine =
+            rules::class_of_word(rules::column_word(block.program, {0, 0}, position, first), rows);
       }
       found |= __reduce_or_sync(kWholeWarp, mine);
     }
@@ -234,11 +242,12 @@ inline rules::TileClass look_at_pairs(const ClassifyBlock& block, const rules::T
 }
 
 // The rows and columns of `count` row tiles from `row_tile` on, times a key tile.
-inline rules::Tile tile_at(const ClassifyParams& params, int row_tile, int count, int key_tile) {
-  const int row = row_tile * params.shape.rows;
-  const int column = key_tile * params.shape.columns;
-  return {row, rules::min_of(row + count * params.shape.rows, params.program.q_len), column,
-          rules::min_of(column + params.shape.columns, params.program.kv_len)};
+inline rules::Tile tile_at(const ClassifyPass& pass, const rules::Program& program, int row_tile,
+                           int count, int key_tile) {
+  const int row = row_tile * pass.shape.rows;
+  const int column = key_tile * pass.shape.columns;
+  return {row, rules::min_of(row + count * pass.shape.rows, program.q_len), column,
+          rules::min_of(column + pass.shape.columns, program.kv_len)};
 }
 
 // Lane 0 notes the class of `count` row tiles of the block.
@@ -249,17 +258,39 @@ inline void note(ClassifyBlock& block, int key, int first, int count, rules::Til
   if (value & rules::kHidden) atomicOr(&block.hidden[key], bits);
 }
 
-inline void look_at_spans(const ClassifyParams& params, int first_row, int first_key,
+// All tiles at once, each warp a part of the columns; true when that settles the block.
+inline bool look_at_block(const ClassifyPass& pass, int first_row, int first_key,
+                          ClassifyBlock& block) {
+  const int rows = rules::min_of(kBlockRowTiles, pass.row_tiles - first_row);
+  const int keys = rules::min_of(kBlockKeyTiles, pass.key_tiles - first_key);
+  if (pass.look_at_block == 0 || keys <= 0) return keys <= 0;
+  rules::Tile tile = tile_at(pass, block.program, first_row, rows, first_key);
+  const int column_end =
+      rules::min_of(tile.column_begin + keys * pass.shape.columns, block.program.kv_len);
+  const int part = (column_end - tile.column_begin + kClassifyWarps - 1) / kClassifyWarps;
+  tile.column_begin += warp_index() * part;
+  tile.column_end = rules::min_of(tile.column_begin + part, column_end);
+  const Known mine = look(block, tile, kIdRanges - 1, rules::kSome);
+  if (lane_index() == 0) atomicOr(&block.whole, mine);
+  __syncthreads();
+  const rules::TileClass found = may_hold(block.whole);
+  if (found == rules::kSome) return false;
+  if (warp_index() < keys) note(block, warp_index(), 0, rows, found);
+  return true;
+}
+
+inline void look_at_spans(const ClassifyPass& pass, int first_row, int first_key,
                           ClassifyBlock& block) {
   for (int i = warp_index(); i < kSpans * kBlockKeyTiles; i += kClassifyWarps) {
     const int key = i % kBlockKeyTiles;
     const int span = i / kBlockKeyTiles;
     const int row = span * kSpanTiles;
-    const int count = rules::min_of(kSpanTiles, params.row_tiles - first_row - row);
-    if (count <= 0 || first_key + key >= params.key_tiles) continue;
+    const int count = rules::min_of(kSpanTiles, pass.row_tiles - first_row - row);
+    if (count <= 0 || first_key + key >= pass.key_tiles) continue;
     rules::TileClass found = rules::kSome;
-    if (params.look_at_spans != 0 && count > 1) {
-      const rules::Tile tile = tile_at(params, first_row + row, count, first_key + key);
+    if (pass.look_at_spans != 0 && count > 1) {
+      const rules::Tile tile =
+          tile_at(pass, block.program, first_row + row, count, first_key + key);
       found = may_hold(look(block, tile, kBlockRowTiles + span, rules::kSome));
     }
     if (found != rules::kSome) {
@@ -276,12 +307,12 @@ inline void look_at_spans(const ClassifyParams& params, int first_row, int first
   }
 }
 
-inline void look_at_tiles(const ClassifyParams& params, int first_row, int first_key,
+inline void look_at_tiles(const ClassifyPass& pass, int first_row, int first_key,
                           ClassifyBlock& block) {
   for (int i = warp_index(); i < block.task_count; i += kClassifyWarps) {
     const int row = block.tasks[i] / kBlockKeyTiles;
     const int key = block.tasks[i] % kBlockKeyTiles;
-    const rules::Tile tile = tile_at(params, first_row + row, 1, first_key + key);
+    const rules::Tile tile = tile_at(pass, block.program, first_row + row, 1, first_key + key);
     const Known known = look(block, tile, row, rules::kSome * kSurely);
     const bool settled = may_hold(known) == surely_holds(known);
     note(block, key, row, 1, settled ? may_hold(known) : look_at_pairs(block, tile));
@@ -291,10 +322,12 @@ inline void look_at_tiles(const ClassifyParams& params, int first_row, int first
 inline void classify(const ClassifyParams& params) {
   alignas(16) __shared__ unsigned char storage[sizeof(ClassifyBlock)];
   ClassifyBlock& block = *reinterpret_cast<ClassifyBlock*>(storage);
-  const int key_group = static_cast<int>(blockIdx.x % params.key_groups);
-  const int rest = static_cast<int>(blockIdx.x / params.key_groups);
-  const int row_group = rest % params.row_groups;
-  const int64_t place = rest / params.row_groups;
+  const int second = static_cast<int>(blockIdx.x) >= params.passes[0].blocks ? 1 : 0;
+  const ClassifyPass& pass = params.passes[second];
+  const int index = static_cast<int>(blockIdx.x) - second * params.passes[0].blocks;
+  const int key_group = index % pass.key_groups;
+  const int row_group = index / pass.key_groups % pass.row_groups;
+  const int64_t place = index / pass.key_groups / pass.row_groups;
   const int first_row = row_group * kBlockRowTiles;
   const int first_key = key_group * kBlockKeyTiles;
 
@@ -302,10 +335,12 @@ inline void classify(const ClassifyParams& params) {
               {static_cast<int>(place / params.program.heads),
                static_cast<int>(place % params.program.heads)},
               block);
-  summarize_ids(params, first_row, block);
-  look_at_spans(params, first_row, first_key, block);
-  __syncthreads();
-  look_at_tiles(params, first_row, first_key, block);
+  summarize_ids(pass, first_row, block);
+  if (!look_at_block(pass, first_row, first_key, block)) {
+    look_at_spans(pass, first_row, first_key, block);
+    __syncthreads();
+    look_at_tiles(pass, first_row, first_key, block);
+  }
   __syncthreads();
 
   if (warp_index() != 0) return;
@@ -313,19 +348,20 @@ inline void classify(const ClassifyParams& params) {
   if (lane < kBlockKeyTiles) {
     // Columns beyond kv_len must be masked, so a tile that has some needs its bits.
     const int key_tile = first_key + lane;
-    const bool beyond_keys = (key_tile + 1) * params.shape.columns > params.program.kv_len;
-    block.hidden[lane] = beyond_keys ? block.visible[lane] : block.hidden[lane] & block.visible[lane];
-    const plan::TileMap& map = params.column_map;
-    if (map.visible != nullptr && key_tile < params.key_tiles) {
+    const bool beyond_keys = (key_tile + 1) * pass.shape.columns > params.program.kv_len;
+    block.hidden[lane] =
+        beyond_keys ? block.visible[lane] : block.hidden[lane] & block.visible[lane];
+    const plan::TileMap& map = pass.column_map;
+    if (map.visible != nullptr && key_tile < pass.key_tiles) {
       const int64_t at = (place * map.outer_tiles + key_tile) * map.words + row_group;
       map.visible[at] = block.visible[lane];
       map.hidden[at] = block.hidden[lane];
     }
   }
   __syncwarp();
-  const plan::TileMap& map = params.row_map;
+  const plan::TileMap& map = pass.row_map;
   const int row_tile = first_row + lane;
-  if (map.visible == nullptr || row_tile >= params.row_tiles) return;
+  if (map.visible == nullptr || row_tile >= pass.row_tiles) return;
   uint32_t visible = 0, hidden = 0;
   for (int key = 0; key < kBlockKeyTiles; ++key) {
     visible |= (block.visible[key] >> lane & 1u) << key;
@@ -336,7 +372,8 @@ inline void classify(const ClassifyParams& params) {
   reinterpret_cast<uint8_t*>(map.hidden)[at] = static_cast<uint8_t>(hidden);
 }
 
-// ---- count and order -----------------------------------------------------------------------------------
+// ---- count and order
+// -----------------------------------------------------------------------------------
 
 // The outer tile that this warp works for: `row` counts outer tiles across places.
 struct OuterTile {

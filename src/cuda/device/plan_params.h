@@ -15,16 +15,26 @@ inline constexpr int kSpanTiles = 8;
 inline constexpr int kClassifyWarps = 16;
 inline constexpr int kClassifyThreads = 32 * kClassifyWarps;
 
-struct ClassifyParams {
-  rules::Program program;
+// One tile shape: a row map, a column map or both.
+struct ClassifyPass {
   plan::TileShape shape;
   int32_t row_tiles;
   int32_t key_tiles;
   int32_t row_groups;        // of 32 row tiles
   int32_t key_groups;        // of 8 key tiles: enough for whole words of the row map
+  int32_t blocks;            // places x row groups x key groups
+  int32_t look_at_block;     // 1: at all of a block's tiles at once before anything else
   int32_t look_at_spans;     // 0: straight to the tiles
   plan::TileMap row_map;     // visible == nullptr: not wanted
   plan::TileMap column_map;  // likewise
+};
+
+// The shapes of forward and backward run side by side: neither fills the device by itself.
+inline constexpr int kMaxPasses = 2;
+
+struct ClassifyParams {
+  rules::Program program;
+  ClassifyPass passes[kMaxPasses];
 };
 
 // The maps of one plan, counted and ordered together: fewer launches.
@@ -37,7 +47,7 @@ struct OrderParams {
   int32_t places;
 };
 
-// The order of keys: a thread a key to see its rows, a block a place to sort.
+// The order of keys: a thread a key to see its rows, then blocks that sort.
 inline constexpr int kSeeThreads = 128;
 inline constexpr int kSortWarps = 32;
 inline constexpr int kSortThreads = 32 * kSortWarps;
@@ -49,11 +59,22 @@ struct KeyRows {
 struct KeyOrderParams {
   rules::Program program;  // dense leaves packed, keys as they come
   int32_t tile_columns;
-  int32_t key_blocks;  // blocks of see_keys across kv_len
-  KeyRows* seen;       // [places][kv_len]
-  uint64_t* items;     // [places][2][kv_len]
-  int32_t* order;      // [places][kv_len]: position -> key
+  int32_t key_blocks;   // blocks of see_keys across kv_len
+  int32_t most_groups;  // groups when every key is seen
+  uint64_t* items;      // [places][2][kv_len]
+  KeyRows* seen;        // [places][kv_len]
+  int32_t* seen_keys;   // [places]: how many keys some row sees
+  int32_t* order;       // [places][kv_len]: position -> key
 };
+
+// Seen keys are sorted by last row in sqrt(tiles) groups of sqrt(tiles) tiles each, rounded to the
+// nearest: a tile then spans about 1 / sqrt(tiles) of the first rows and of the last rows.
+ANYMASK_RULE int group_count(int seen_keys, int tile_columns) {
+  const int tiles = (seen_keys + tile_columns - 1) / tile_columns;
+  int groups = 1;
+  while (groups * groups + groups < tiles) ++groups;
+  return groups;
+}
 
 // Packs dense[batch][head][row][column] != 0 into words[batch][head][row / 32][column]. Heads here
 // are the arrays' own; head_divisor is not looked at.
@@ -67,9 +88,9 @@ struct PackConfig {
 struct PackParams {
   rules::Array dense;
   rules::Array words;
-  int32_t sign_bits;      // 1 for floating point: -0.0 is zero
+  int32_t sign_bits;  // 1 for floating point: -0.0 is zero
   int32_t heads;
-  int32_t rows;           // 1 when all rows are the same
+  int32_t rows;  // 1 when all rows are the same
   int32_t columns;
   int32_t word_rows;      // ceil(rows / 32)
   int32_t column_blocks;  // blocks across the columns

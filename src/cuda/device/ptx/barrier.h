@@ -32,6 +32,21 @@ struct alignas(8) Barrier {
                  : "memory");
   }
 
+  // Whether the phase of this parity has completed.
+  __device__ __forceinline__ bool test(uint32_t parity) const {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(&state)), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
+
   // Waits until the phase of this parity has completed. A fresh barrier passes a wait for parity 1.
   __device__ __forceinline__ void wait(uint32_t parity) const {
     asm volatile(

@@ -6,7 +6,9 @@
 // docs/kernels/backward.md has the reasons and the figures behind the choices.
 #pragma once
 
+#include "cuda/device/sm90/backward_bits.h"
 #include "cuda/device/sm90/backward_math.h"
+#include "cuda/device/sm90/backward_produce.h"
 #include "cuda/device/sm90/backward_wide.h"
 
 namespace anymask::cuda {

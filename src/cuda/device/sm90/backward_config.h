@@ -1,7 +1,7 @@
 // The Hopper backward kernels' variants and their one parameter. Host and device.
 #pragma once
 
-#include "cuda/device/sm90/forward_config.h"  // TensorMapBytes
+#include "cuda/device/sm90/forward_config.h"  // TensorMapBytes, RunRecipe
 #include "plan/layout.h"
 #include "rules/program.h"
 
@@ -22,6 +22,7 @@ struct BackwardConfig {
   int32_t staged;       // dQ leaves 1: through shared memory, by the copy engine; 0: from registers
   int32_t ordered;      // 1: contributions to dQ in a fixed order
   int32_t bit_slots;    // partial tiles whose bits are in shared memory
+  int32_t machine;      // 1: mask bits by the postfix machine, for programs without a recipe
   int32_t slope_operand;  // A of dK = dS^T Q comes 0: from registers; 1: from shared memory
   int32_t math_registers;
   int32_t load_registers;
@@ -79,6 +80,7 @@ struct BackwardParams {
 
   plan::TileMap columns;  // outer: key tiles
   plan::TileMap rows;     // outer: row tiles; ordered only
+  RunRecipe recipe;
   rules::Program program;
 };
 

@@ -34,8 +34,8 @@ __device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) 
     values[4 * i + 3] = four.w;
   }
   uint16_t* to = static_cast<uint16_t*>(p.q_grad) + batch * p.q_grad_batch_stride +
-                 head * p.q_grad_head_stride + first_row * p.q_grad_row_stride + w * kPart;
-  store_rows<C.half != 0>(values, p.scale, to, p.q_grad_row_stride, p.q_len - first_row,
+                 head * p.q_grad_head_stride + w * kPart;
+  store_rows<C.half != 0>(values, p.scale, to, p.q_grad_row_stride, nullptr, first_row, p.q_len,
                           p.depth - w * kPart, thread / 32, thread % 32);
 }
 

@@ -10,7 +10,7 @@
 
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"
-#include "cuda/device/sm90/backward_produce.h"
+#include "cuda/device/sm90/backward_schedule.h"
 #include "cuda/device/sm90/backward_store.h"
 
 namespace anymask::cuda {
@@ -270,13 +270,15 @@ struct BackwardMath {
   __device__ __forceinline__ void store(const BackwardItem& item, const float (&k_grad)[C.depth / 2],
                                         const float (&v_grad)[C.value_depth / 2]) {
     const int first = item.key_tile * C.columns() + 64 * w;
-    const int keys = p.kv_len - first;
+    const int32_t* order = key_order(p, item);
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
-                   item.kv_head * p.v_grad_head_stride + first * p.v_grad_row_stride;
-    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, keys, p.value_depth, warp, lane);
+                   item.kv_head * p.v_grad_head_stride;
+    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, order, first, p.kv_len, p.value_depth,
+                      warp, lane);
     to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
-         item.kv_head * p.k_grad_head_stride + first * p.k_grad_row_stride;
-    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, keys, p.depth, warp, lane);
+         item.kv_head * p.k_grad_head_stride;
+    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, order, first, p.kv_len, p.depth,
+                      warp, lane);
   }
 
   // ---- the story ----

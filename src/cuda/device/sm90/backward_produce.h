@@ -1,5 +1,4 @@
-// The producer warpgroup of the Hopper backward kernel: a warp that loads, warps that make mask bits,
-// and (staged) a warp that sends dQ away.
+// The Hopper backward kernel's warp that loads and (staged) the warp that sends dQ away.
 #pragma once
 
 #include "cuda/device/ptx/bulk.h"
@@ -7,7 +6,6 @@
 #include "cuda/device/ptx/tma.h"
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
-#include "rules/evaluate.h"
 
 namespace anymask::cuda {
 
@@ -49,12 +47,16 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
 #pragma unroll 1
     for (int i = 0; i < p.group_heads; ++i) {
       const int head = item.kv_head * p.group_heads + i;
+      bool fresh = true;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
       for_each_row_tile(p, item, head, lane, [&](int tile, uint32_t partial) {
         BackwardStep step = {first_tile + tile, static_cast<int32_t>(partial), 0, 0};
         if constexpr (C.ordered != 0) step.turn = turn_of(p, item, head, tile, lane);
         const int row = tile * kBackwardRows;
-        if (partial != 0) ask_for_bits({item.key_tile, tile, item.batch, head});
+        if (partial != 0) {
+          ask_for_bits({item.key_tile, tile, mask_place(p, item.batch, head), fresh});
+          fresh = false;
+        }
         shared.q_empty[q_ring.slot].wait(q_ring.parity ^ 1);
         if (lane == 0) {
           ptx::Barrier& full = shared.q_full[q_ring.slot];
@@ -107,45 +109,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     }
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
   }
-  ask_for_bits({0, -1, 0, 0});
-}
-
-// ---- warps that make mask bits ----------------------------------------------------------------------
-//
-// Keys are the rows of S^T, and the rules' word is 32 query rows of one key: a word is used as it is
-// made. A math thread shifts it by twice its quad lane and finds its queries at fixed places.
-
-template <BackwardConfig C>
-__device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardShared<C>& shared,
-                                              int index, int lane) {
-  using Shared = BackwardShared<C>;
-  Ring<C.bit_slots> slots;
-  int turn = 0;  // whose turn the next 32 keys are
-  for (;; slots.next()) {
-    shared.request_full[slots.slot].wait(slots.parity);
-    const BitRequest request = shared.requests[slots.slot];
-    if (request.row_tile < 0) break;
-    const rules::Place place = mask_place(p, request.batch, request.head);
-#pragma unroll 1
-    for (int first = 0; first < C.columns(); first += 32) {
-      const bool mine = turn == index;
-      turn = turn == Shared::kKeyBitWarps - 1 ? 0 : turn + 1;
-      if (!mine) continue;
-      const int column = request.key_tile * C.columns() + first + lane;
-      // One word after the other: the rules are inlined once and 32 registers are enough.
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        const int row = request.row_tile * kBackwardRows + 32 * half;
-        uint32_t word = 0;
-        if (column < p.kv_len && row < p.q_len) {
-          word = rules::column_word(p.program, place, column, row);
-        }
-        shared.bits[slots.slot][first + lane][half] = word;
-      }
-      __syncwarp();
-      if (lane == 0) shared.bits_full[slots.slot].arrive();
-    }
-  }
+  ask_for_bits({0, -1, {0, 0}, 0});
 }
 
 // ---- the warp that sends dQ away (staged) ------------------------------------------------------------

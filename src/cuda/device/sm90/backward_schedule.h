@@ -17,6 +17,17 @@ __device__ __forceinline__ int64_t map_row(const BackwardParams& p, const plan::
          outer;
 }
 
+// Where each position of the item's keys lies in k and v; null: where it says.
+__device__ __forceinline__ const int32_t* key_order(const BackwardParams& p,
+                                                    const BackwardItem& item) {
+  const rules::Program& program = p.program;
+  if (program.key_order == nullptr) return nullptr;
+  const rules::Place place = mask_place(p, item.batch, item.kv_head * p.group_heads);
+  const int64_t row = static_cast<int64_t>(place.batch) * (program.heads / program.order_divisor) +
+                      place.head / program.order_divisor;
+  return program.key_order + row * program.kv_len;
+}
+
 // Items in this order: chunks of (batch, kv head) pairs one after the other, so that a chunk's Q,
 // dO and dQ stay in L2; inside a chunk the longest key tiles of all its pairs first. With ordered
 // sums the last key tile comes first instead: under a causal mask a block's first row tile is then

@@ -23,13 +23,16 @@ struct BackwardStep {
   int32_t padding;
 };
 
-// Bits that a warp is to make: of one row tile and key tile. row_tile < 0: no more work.
+// Bits that are to be made: of one row tile and key tile. row_tile < 0: no more work.
 struct BitRequest {
   int32_t key_tile;
   int32_t row_tile;
-  int32_t batch;
-  int32_t head;
+  rules::Place place;
+  int32_t fresh;  // the key tile or the place is another than in the request before
 };
+
+// The rows that see a key under a recipe: [0] <= row < [1], less [2] <= row < [3], [4] <= row < [5].
+inline constexpr int kRunEnds = 6;
 
 // Numbered barriers: pairs of warpgroups meet, and one warpgroup by itself.
 inline constexpr int kSlopesBarrier = 1;   // dS is in shared memory
@@ -54,6 +57,8 @@ struct BackwardShared {
 
   alignas(16) float stats[C.q_stages][2][kBackwardRows];
   alignas(16) uint32_t bits[C.bit_slots][kColumns][2];  // a bit per row: words as the rules make
+
+  int32_t runs[C.machine != 0 ? 1 : kRunEnds][kColumns];  // a lane reads only what it wrote
 
   ptx::Barrier k_full, v_full, kv_empty;
   ptx::Barrier q_full[C.q_stages], q_empty[C.q_stages];

@@ -6,18 +6,20 @@
 
 namespace anymask::cuda {
 
-// A warp's 16 of 64 rows. `to`: row 0 and the first column of the accumulators; rows from `rows` on
-// and columns from `columns` on do not exist. Quads gather 8 columns a lane, so that a row is written
-// 64 bytes at a time.
+// A warp's 16 of 64 rows. `to`: the first column of the accumulators; their rows begin at `first_row`,
+// rows from `rows` and columns from `columns` on do not exist. `order`: where each row really lies, or
+// null. Quads gather 8 columns a lane, so that a row is written 64 bytes at a time.
 template <bool kHalf, int kCount>
 __device__ __forceinline__ void store_rows(const float (&values)[kCount], float scale, uint16_t* to,
-                                           int64_t row_stride, int rows, int columns, int warp,
+                                           int64_t row_stride, const int32_t* order,
+                                           int first_row, int rows, int columns, int warp,
                                            int lane) {
   const int q = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const int row = 16 * warp + lane / 4 + 8 * r;
-    uint16_t* line = to + row * row_stride;
+    const int row = first_row + 16 * warp + lane / 4 + 8 * r;
+    const int place = order != nullptr && row < rows ? order[row] : row;
+    uint16_t* line = to + place * row_stride;
 #pragma unroll
     for (int j = 0; j < kCount / 16; ++j) {
       uint32_t pieces[4];

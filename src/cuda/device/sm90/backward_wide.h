@@ -8,6 +8,7 @@
 
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"
+#include "cuda/device/sm90/backward_schedule.h"
 #include "cuda/device/sm90/backward_store.h"
 
 namespace anymask::cuda {
@@ -189,15 +190,15 @@ struct BackwardWide {
   __device__ __forceinline__ void store(const BackwardItem& item, const float (&k_grad)[kPart / 2],
                                         const float (&v_grad)[kPart / 2]) {
     const int first = item.key_tile * C.columns();
-    const int keys = p.kv_len - first;
+    const int32_t* order = key_order(p, item);
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
-                   item.kv_head * p.v_grad_head_stride + first * p.v_grad_row_stride + w * kPart;
-    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, keys, p.value_depth - w * kPart, warp,
-                      lane);
+                   item.kv_head * p.v_grad_head_stride + w * kPart;
+    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, order, first, p.kv_len,
+                      p.value_depth - w * kPart, warp, lane);
     to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
-         item.kv_head * p.k_grad_head_stride + first * p.k_grad_row_stride + w * kPart;
-    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, keys, p.depth - w * kPart, warp,
-                      lane);
+         item.kv_head * p.k_grad_head_stride + w * kPart;
+    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, order, first, p.kv_len,
+                      p.depth - w * kPart, warp, lane);
   }
 
   // ---- the story ----

@@ -18,90 +18,122 @@ namespace anymask::cuda {
 // ---- the loading warp ------------------------------------------------------------------------------
 
 template <ForwardConfig C>
-__device__ __forceinline__ void load(const ForwardParams& p, ForwardShared<C>& shared, int lane) {
+struct LoadWarp {
   using Shared = ForwardShared<C>;
+
+  const ForwardParams& p;
+  Shared& shared;
+  const int lane;
+
   Ring<kItemSlots> items;
   Ring<C.stages> k_ring, v_ring;
-  uint32_t q_parity[C.warpgroups] = {};
+  Item item;
+  uint32_t q_parity = 0;  // a bit per warpgroup
+  uint32_t q_wanted = 0;  // warpgroups whose Q of this item is still to be loaded
 
-  for (int index = blockIdx.x;; items.next()) {
-    Item item = {0, 0, 0, -1};
-    if (index < p.items) item = item_at<C>(p, index);
-    shared.item_empty[items.slot].wait(items.parity ^ 1);
-    if (lane == 0) {
-      shared.items[items.slot] = item;
-      if (C.machine == 0 && item.count > 0) shared.arrays[items.slot] = recipe_arrays(p, item);
-      shared.item_full[items.slot].arrive();
-    }
-    if (item.count < 0) break;
-    // Asked for now, needed only when this item's loads are out.
-    int claimed = 0;
-    if (lane == 0) claimed = atomicAdd(p.next_item, 1);
-
-    const int kv_head = item.head / p.group_heads;
-    // Boxes of one stage: slabs of 64 columns, one box a tile of the plan.
-    auto load_stage = [&](auto& stage, const TensorMapBytes& map, ptx::Barrier& full, int first,
-                          int second) {
+  // A warpgroup frees its Q when its own last Q K^T of the item before is done, and they are done at
+  // different times: so Q is loaded whenever one frees it, while this warp waits for other things.
+  __device__ __forceinline__ void load_freed_q() {
 #pragma unroll
-      for (int t = 0; t < C.tiles; ++t) {
-        const int row = (t == 0 ? first : second) * C.tile_columns();
-        int column = 0;
-        for (auto& slab : stage) {
-          ptx::load_box(slab + t * C.tile_columns() * kSlabRowBytes, &map, full, column, row,
-                        kv_head, item.batch);
-          column += kSlabColumns;
+    for (int w = 0; w < C.warpgroups; ++w) {
+      if (((q_wanted >> w) & 1) == 0) continue;
+      if (!shared.q_empty[w].test(((q_parity >> w) & 1) ^ 1)) continue;
+      q_wanted ^= 1u << w;
+      q_parity ^= 1u << w;
+      if (lane == 0) {
+        shared.q_full[w].arrive_expect(Shared::kQBytes);
+#pragma unroll
+        for (int slab = 0; slab < C.depth / kSlabColumns; ++slab) {
+          ptx::load_box(shared.q[w][slab], &p.q, shared.q_full[w], slab * kSlabColumns,
+                        item.row_tile * C.rows() + 64 * w, item.head, item.batch);
         }
       }
-    };
-    auto load_v = [&](int first, int second) {
-      shared.v_empty[v_ring.slot].wait(v_ring.parity ^ 1);
-      if (lane == 0) {
-        shared.v_full[v_ring.slot].arrive_expect(Shared::kVBytes);
-        load_stage(shared.v[v_ring.slot], p.v, shared.v_full[v_ring.slot], first, second);
-      }
-      v_ring.next();
-    };
+    }
+  }
 
+  __device__ __forceinline__ void wait(const ptx::Barrier& barrier, uint32_t parity) {
+    while (q_wanted != 0) {
+      load_freed_q();
+      if (barrier.test(parity)) return;
+    }
+    barrier.wait(parity);
+  }
+
+  // K or V of a step: slabs of 64 columns, one box a tile of the plan.
+  template <typename Stage>
+  __device__ __forceinline__ void load_stage(Stage& stage, const TensorMapBytes& map,
+                                             ptx::Barrier& full, int first, int second) {
+    const int kv_head = item.head / p.group_heads;
+#pragma unroll
+    for (int t = 0; t < C.tiles; ++t) {
+      const int row = (t == 0 ? first : second) * C.tile_columns();
+      int column = 0;
+      for (auto& slab : stage) {
+        ptx::load_box(slab + t * C.tile_columns() * kSlabRowBytes, &map, full, column, row, kv_head,
+                      item.batch);
+        column += kSlabColumns;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_k(int first, int second, bool partial) {
+    wait(shared.k_empty[k_ring.slot], k_ring.parity ^ 1);
+    if (lane == 0) {
+      shared.partial[k_ring.slot] = partial;
+      shared.k_full[k_ring.slot].arrive_expect(Shared::kKBytes);
+      load_stage(shared.k[k_ring.slot], p.k, shared.k_full[k_ring.slot], first, second);
+    }
+    k_ring.next();
+  }
+
+  __device__ __forceinline__ void load_v(int first, int second) {
+    wait(shared.v_empty[v_ring.slot], v_ring.parity ^ 1);
+    if (lane == 0) {
+      shared.v_full[v_ring.slot].arrive_expect(Shared::kVBytes);
+      load_stage(shared.v[v_ring.slot], p.v, shared.v_full[v_ring.slot], first, second);
+    }
+    v_ring.next();
+  }
+
+  __device__ __forceinline__ void load_item() {
+#pragma unroll
+    for (int w = 0; w < C.warpgroups; ++w) {
+      if (item.row_tile * C.rows() + 64 * w < p.q_len) q_wanted |= 1u << w;
+    }
     // K runs one step ahead of V: its stage frees first, and it is wanted first.
-    int waiting = -1, waiting_second = 0;
+    int first = 0, second = 0;
     StepWalker<C> walker(p, item, lane);
 #pragma unroll 1
     for (int step = 0; step < item.count; ++step) {
       walker.next();
-      shared.k_empty[k_ring.slot].wait(k_ring.parity ^ 1);
-      if (lane == 0) {
-        shared.partial[k_ring.slot] = walker.needs_bits;
-        shared.k_full[k_ring.slot].arrive_expect(Shared::kKBytes);
-        load_stage(shared.k[k_ring.slot], p.k, shared.k_full[k_ring.slot], walker.first,
-                   walker.second);
-      }
-      k_ring.next();
-      if (waiting < 0) {
-#pragma unroll
-        for (int w = 0; w < C.warpgroups; ++w) {
-          const int row = item.row_tile * C.rows() + 64 * w;
-          if (row >= p.q_len) continue;
-          shared.q_empty[w].wait(q_parity[w] ^ 1);
-          q_parity[w] ^= 1;
-          if (lane == 0) {
-            shared.q_full[w].arrive_expect(Shared::kQBytes);
-#pragma unroll
-            for (int slab = 0; slab < C.depth / kSlabColumns; ++slab) {
-              ptx::load_box(shared.q[w][slab], &p.q, shared.q_full[w], slab * kSlabColumns, row,
-                            item.head, item.batch);
-            }
-          }
-        }
-      } else {
-        load_v(waiting, waiting_second);
-      }
-      waiting = walker.first;
-      waiting_second = walker.second;
+      load_k(walker.first, walker.second, walker.needs_bits);
+      if (step > 0) load_v(first, second);
+      first = walker.first;
+      second = walker.second;
     }
-    if (waiting >= 0) load_v(waiting, waiting_second);
-    index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
+    load_v(first, second);
+    while (q_wanted != 0) load_freed_q();
   }
-}
+
+  __device__ __forceinline__ void run() {
+    for (int index = blockIdx.x;; items.next()) {
+      item = {0, 0, 0, -1};
+      if (index < p.items) item = item_at<C>(p, index);
+      shared.item_empty[items.slot].wait(items.parity ^ 1);
+      if (lane == 0) {
+        shared.items[items.slot] = item;
+        if (C.machine == 0 && item.count > 0) shared.arrays[items.slot] = recipe_arrays(p, item);
+        shared.item_full[items.slot].arrive();
+      }
+      if (item.count < 0) break;
+      // Asked for now, needed only when this item's loads are out.
+      int claimed = 0;
+      if (lane == 0 && p.next_item != nullptr) claimed = atomicAdd(p.next_item, 1);
+      if (item.count > 0) load_item();
+      index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
+    }
+  }
+};
 
 // ---- a math warpgroup --------------------------------------------------------------------------------
 
@@ -258,9 +290,8 @@ struct MathWarp {
                                              bool started, bool last) {
     take_turn();
     issue_scores(ring.slot);
-    if (C.turns == 2) pass_turn();
+    pass_turn();
     ptx::wgmma_wait<0>();
-    if (C.turns == 1) pass_turn();
     ptx::pin(scores);
     release_keys(ring, last);
     apply(mask);
@@ -451,6 +482,7 @@ struct MathWarp {
 template <ForwardConfig C>
 __device__ __forceinline__ void forward_kernel(const ForwardParams& p) {
   extern __shared__ __align__(1024) uint8_t memory[];
+  static_assert(sizeof(ForwardShared<C>) == C.shared_bytes());
   ForwardShared<C>& shared = *reinterpret_cast<ForwardShared<C>*>(memory);
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
   const int lane = threadIdx.x % 32;
@@ -466,7 +498,8 @@ __device__ __forceinline__ void forward_kernel(const ForwardParams& p) {
   if (warp < kMathWarps) {
     ptx::give_registers<C.load_registers>();
     if (warp == 0) {
-      load<C>(p, shared, lane);
+      LoadWarp<C> loader{p, shared, lane};
+      loader.run();
     } else {
       make_bits<C>(p, shared, warp - 1, lane);
     }

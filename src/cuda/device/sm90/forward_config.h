@@ -9,19 +9,19 @@ namespace anymask::cuda {
 
 // One variant. Integers only: the launcher hands them to the compiler as a list.
 struct ForwardConfig {
-  int32_t half;         // 1: fp16, 0: bf16
-  int32_t depth;        // head dimension of q and k, padded: 64, 128, 192, 256
-  int32_t value_depth;  // head dimension of v and out, padded likewise
-  int32_t warpgroups;   // math warpgroups, 64 query rows each
-  int32_t columns;      // keys of a step, a multiple of 16
-  int32_t tiles;        // of the plan in a step: 1, or 2 tiles that need not be neighbours
-  int32_t stages;       // steps of K, and of V, in shared memory
-  int32_t bit_slots;    // partial steps whose bits are in shared memory
-  int32_t overlap;      // 1: the next Q K^T runs under this tile's softmax (needs registers for P)
-  int32_t turns;        // overlap only. 1: warpgroups take turns at issuing products
-  int32_t pieces;       // without overlap: P V is issued in this many pieces, as P is made
-  int32_t machine;      // 1: mask bits by the postfix machine, for programs without a recipe
-  int32_t math_registers;
+  int32_t half;            // 1: fp16, 0: bf16
+  int32_t depth;           // head dimension of q and k, padded: 64, 128, 192, 256
+  int32_t value_depth;     // head dimension of v and out, padded likewise
+  int32_t warpgroups;      // math warpgroups, 64 query rows each
+  int32_t columns;         // keys of a step, a multiple of 16
+  int32_t tiles;           // of the plan in a step: 1, or 2 tiles that need not be neighbours
+  int32_t stages;          // steps of K, and of V, in shared memory
+  int32_t bit_slots;       // partial steps whose bits are in shared memory
+  int32_t overlap;         // 1: the next Q K^T runs under this softmax (needs registers for P)
+  int32_t turns;           // 1: warpgroups take turns at issuing products
+  int32_t pieces;          // without overlap: P V is issued in this many pieces, as P is made
+  int32_t machine;         // 1: mask bits by the postfix machine, for programs without a recipe
+  int32_t math_registers;  // of a thread, after the warpgroups have traded
   int32_t load_registers;
 
   constexpr int rows() const { return 64 * warpgroups; }
@@ -30,6 +30,11 @@ struct ForwardConfig {
   // Words of mask bits per row: a word holds the 32 columns that one thread of a quad owns among
   // 128, so a wider tile has more than one group.
   constexpr int word_groups() const { return (columns + 127) / 128; }
+  // Q, the rings of K and V, the ring of mask bits, and 1 KiB for barriers and the like.
+  constexpr int shared_bytes() const {
+    return rows() * depth * 2 + stages * columns * (depth + value_depth) * 2 +
+           bit_slots * warpgroups * word_groups() * 1024 + 1024;
+  }
 };
 
 // The driver's CUtensorMap.
@@ -38,8 +43,8 @@ struct alignas(64) TensorMapBytes {
 };
 
 // A program that is a conjunction of column runs (bands, intervals, segments, prefixes) and at most
-// one bitmap needs no postfix machine: per column, three runs of rows say all. Indices are of
-// program nodes, -1: none.
+// one bitmap and one pair of ids needs no postfix machine: per column, three runs of rows say all
+// but the bitmap and the ids. Indices are of program nodes, -1: none.
 struct RunRecipe {
   int32_t usable;  // 0: the program needs a variant with the machine
   int32_t band_lo, band_hi;  // of all bands together
@@ -47,13 +52,14 @@ struct RunRecipe {
   int32_t segments;
   int32_t prefix;
   int32_t bits;
+  int32_t ids;
 };
 
 // The recipe of `program`, where it has one. Host only.
 inline RunRecipe recipe_of(const rules::Program& program) {
   using rules::Op;
   constexpr int kFar = 1 << 30;
-  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1};
+  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1, -1};
   for (int i = 0; i < program.count; ++i) {
     const rules::Node& node = program.nodes[i];
     int32_t* slot = nullptr;
@@ -71,6 +77,7 @@ inline RunRecipe recipe_of(const rules::Program& program) {
       case Op::kSegments: slot = &recipe.segments; break;
       case Op::kPrefix: slot = &recipe.prefix; break;
       case Op::kBits: slot = &recipe.bits; break;
+      case Op::kIds: slot = &recipe.ids; break;
       default: break;
     }
     if (slot == nullptr || *slot >= 0) return RunRecipe{};
@@ -101,7 +108,7 @@ struct ForwardParams {
   int32_t pairs;       // batch * q_heads: (batch, head) pairs, heads innermost
   int32_t chunk;       // pairs that run together, so that their K and V stay in L2
   int32_t items;       // pairs * row tiles
-  int32_t* next_item;  // 0 at launch
+  int32_t* next_item;  // 0 at launch; null: every block has one item at most
 
   plan::TileMap map;
   RunRecipe recipe;

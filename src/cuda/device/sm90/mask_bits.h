@@ -93,11 +93,34 @@ __device__ __forceinline__ uint32_t run_of(int begin, int end) {
   return ptx::ones_from(begin) & ~ptx::ones_from(end);
 }
 
+// Which of 32 rows share this lane's column id, or are open to all columns: the few different ids
+// among 32 rows are gone through one by one. A converged warp; `row_id`: of the row `lane`, where
+// `rows` has its bit.
+__device__ __forceinline__ uint32_t rows_of_id(int64_t row_id, int64_t column_id, uint32_t rows,
+                                               bool open) {
+  const uint32_t open_rows = open ? __ballot_sync(0xffffffffu, row_id >= 0) : 0;
+  uint32_t seen = open_rows, left = rows & ~open_rows;
+  while (left != 0) {
+    const int64_t id = __shfl_sync(0xffffffffu, static_cast<long long>(row_id), __ffs(left) - 1);
+    const uint32_t same = __ballot_sync(0xffffffffu, row_id == id);
+    if (column_id == id) seen |= same;
+    left &= ~same;
+  }
+  return seen;
+}
+
+// An integer of an array that begins at `data`.
+__device__ __forceinline__ int64_t integer_of(const rules::Array& array, const void* data,
+                                              int64_t offset) {
+  return array.bytes == 8 ? static_cast<const int64_t*>(data)[offset]
+                          : static_cast<const int32_t*>(data)[offset];
+}
+
 // The words of a column for kWords x 32 rows from first_row. Bits of rows that do not exist are
 // arbitrary: they cost a mask that was not needed, never a wrong result.
 template <int kWords>
 __device__ __forceinline__ void column_words(const ForwardParams& p, const RecipeArrays& arrays,
-                                             int key, int first_row, bool exists,
+                                             int key, int first_row, bool exists, int lane,
                                              uint32_t (&words)[kWords]) {
   ColumnRuns runs{};
   if (exists) runs = column_runs(p, arrays, key);
@@ -126,6 +149,19 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
     for (int i = 0; i < kWords; ++i) {
       if (first_row + 32 * i < p.q_len) words[i] &= *word;
       word += array.row_stride;
+    }
+  }
+  if (p.recipe.ids >= 0) {
+    const rules::Node& node = p.program.nodes[p.recipe.ids];
+    const int64_t column_id =
+        exists ? integer_of(node.columns, arrays.column_ids, key * node.columns.row_stride) : 0;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const int row = first_row + 32 * i + lane;
+      const int64_t row_id =
+          row < p.q_len ? integer_of(node.rows, arrays.row_ids, row * node.rows.row_stride) : 0;
+      words[i] &= rows_of_id(row_id, column_id, ~ptx::ones_from(p.q_len - first_row - 32 * i),
+                             node.flag != 0);
     }
   }
 }
@@ -184,7 +220,7 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
         if constexpr (C.machine == 0) {
           int key = column;
           if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
-          column_words(p, arrays, key, item_row, exists, words);
+          column_words(p, arrays, key, item_row, exists, lane, words);
         }
         shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
 #pragma unroll(C.machine == 0 ? C.warpgroups : 1)

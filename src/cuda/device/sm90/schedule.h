@@ -18,6 +18,12 @@ __device__ __forceinline__ int64_t map_row(const ForwardParams& p, rules::Place 
          row_tile;
 }
 
+// Where an array of 4- or 8-byte integers begins for a place.
+__device__ __forceinline__ const void* integers_at(const rules::Array& array, rules::Place place) {
+  if (array.bytes == 8) return rules::array_at<int64_t>(array, place);
+  return rules::array_at<int32_t>(array, place);
+}
+
 __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, const Item& item) {
   const rules::Program& program = p.program;
   const rules::Place place = mask_place(p, item.batch, item.head);
@@ -33,10 +39,11 @@ __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, co
         rules::array_at<int32_t>(program.nodes[p.recipe.intervals].columns, place);
   }
   if (p.recipe.segments >= 0) {
-    const rules::Array& array = program.nodes[p.recipe.segments].columns;
-    arrays.segments =
-        array.bytes == 8 ? static_cast<const void*>(rules::array_at<int64_t>(array, place))
-                         : static_cast<const void*>(rules::array_at<int32_t>(array, place));
+    arrays.segments = integers_at(program.nodes[p.recipe.segments].columns, place);
+  }
+  if (p.recipe.ids >= 0) {
+    arrays.row_ids = integers_at(program.nodes[p.recipe.ids].rows, place);
+    arrays.column_ids = integers_at(program.nodes[p.recipe.ids].columns, place);
   }
   if (p.recipe.bits >= 0) {
     arrays.bits = rules::array_at<uint32_t>(program.nodes[p.recipe.bits].columns, place);

@@ -1,0 +1,323 @@
+"""The command line: `anymask show`, `bench`, `doctor`, `demo`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from anymask.benchmark_masks import NAMES, SAMPLES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `anymask`; returns the process's exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["demo"]:  # has options of its own
+        from anymask.demo import main as demo
+
+        return demo(arguments[1:])
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        print(f"anymask {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anymask", description="Flash attention under any mask, on CPUs and NVIDIA GPUs."
+    )
+    parser.add_argument("--version", action=_Version)
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands.add_parser(
+        "demo", help="train a small language model with torch's attention and with anymask"
+    )
+
+    show = commands.add_parser(
+        "show",
+        help="draw a mask and how it falls on tiles",
+        description="Draws one of the twelve benchmark masks, or a mask from a .npy file, with its "
+        "tiles by class: in the terminal, or to a picture.",
+    )
+    show.add_argument(
+        "mask",
+        help=f"a name ({', '.join(NAMES)}), 'all' of them, or a .npy file of a dense mask "
+        "[queries, keys] or [batch, heads, queries, keys]",
+    )
+    show.add_argument("--length", type=int, default=4096, help="tokens (default: 4096)")
+    show.add_argument("--tile", type=int, default=128, help="rows and columns of a tile")
+    show.add_argument("--sample", type=int, default=3, help=f"documents: 1 to {SAMPLES}")
+    show.add_argument("--batch", type=int, default=0, help="batch entry of a .npy mask")
+    show.add_argument("--head", type=int, default=0, help="head of a .npy mask")
+    show.add_argument("--width", type=int, default=64, help="columns of the terminal to use")
+    show.add_argument(
+        "-o", "--output", type=Path, help="a picture (.png, .svg, .pdf); for 'all' a folder"
+    )
+    show.set_defaults(run=_show)
+
+    bench = commands.add_parser(
+        "bench",
+        help="time the twelve masks",
+        description="Times the twelve masks of the FlashMask paper, forward and backward, beside "
+        "torch where it is installed. Every result is checked against a float64 reference at a "
+        "small size first. TFLOP/s count allowed pairs exactly.",
+    )
+    bench.add_argument("--masks", default=",".join(NAMES), help="names, separated by commas")
+    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    bench.add_argument("--length", type=int, default=2048)
+    bench.add_argument("--batch", type=int, default=1)
+    bench.add_argument("--heads", type=int, default=8)
+    bench.add_argument("--kv-heads", type=int, help="default: as many as heads")
+    bench.add_argument("--head-dim", type=int, default=128)
+    bench.add_argument("--sample", type=int, default=3, help=f"documents: 1 to {SAMPLES}")
+    bench.add_argument("--rounds", type=int, default=5, help="times each is measured")
+    bench.add_argument("--budget", type=float, default=10.0, help="seconds a mask and pass")
+    bench.add_argument("--forward-only", action="store_true")
+    bench.add_argument("--no-peers", action="store_true", help="leave torch out")
+    bench.add_argument("--json", type=Path, help="write all figures to this file")
+    bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser("doctor", help="what was found on this machine")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Any, dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="show the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *rest: Any) -> None:
+        from anymask import _library
+
+        print(f"anymask {_library.version()}")
+        parser.exit()
+
+
+# ---- show ---------------------------------------------------------------------------------------
+
+
+def _show(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console()
+    names = list(NAMES) if options.mask == "all" else [options.mask]
+    for name in names:
+        mask, title, length = _mask(name, options)
+        _show_one(console, options, name, mask, title, length)
+    return 0
+
+
+def _mask(name: str, options: argparse.Namespace) -> tuple[Any, str, int | None]:
+    """(mask, title, length) of a name or a .npy file."""
+    from anymask import benchmark_masks, masks
+
+    if name in NAMES:
+        case = benchmark_masks.benchmark_mask(name, options.length, sample=options.sample)
+        return case.mask, f"{name}, {options.length} tokens", options.length
+    if not name.endswith(".npy"):
+        raise ValueError(f"{name!r} is neither a .npy file nor one of {', '.join(NAMES)}")
+    import numpy as np
+
+    allowed = np.load(name, mmap_mode="r")
+    return masks.dense(allowed), f"{Path(name).name} {list(allowed.shape)}", None
+
+
+def _show_one(
+    console: Any, options: argparse.Namespace, name: str, mask: Any, title: str, length: int | None
+) -> None:
+    from anymask import drawing
+
+    place = (options.batch, options.head)
+    if options.output is not None:
+        path = options.output
+        if options.mask == "all":
+            path.mkdir(parents=True, exist_ok=True)
+            path = path / f"{name}.png"
+        drawing.draw(mask, path, length, tile=options.tile, place=place, title=title)
+        console.print(f"[bold]{title}[/]  {path}", highlight=False)
+    else:
+        console.print(f"\n[bold]{title}[/]", highlight=False)
+        colour = console.color_system in ("256", "truecolor")
+        picture = drawing.render(
+            mask, length, tile=options.tile, place=place, colour=colour,
+            width=min(options.width, console.width),
+        )  # fmt: skip
+        console.print(picture)
+    console.print(
+        f"{drawing.summary(mask.statistics(q_len=length, tile=options.tile))} "
+        f"({options.tile} x {options.tile})",
+        highlight=False,
+    )
+
+
+# ---- bench --------------------------------------------------------------------------------------
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from anymask import bench, machine
+
+    settings = bench.Settings(
+        masks=tuple(name for name in options.masks.split(",") if name),
+        length=options.length,
+        batch=options.batch,
+        heads=options.heads,
+        kv_heads=options.kv_heads or options.heads,
+        head_dim=options.head_dim,
+        dtype=options.dtype,
+        device=options.device,
+        backward=not options.forward_only,
+        peers=not options.no_peers,
+        rounds=options.rounds,
+        budget=options.budget,
+        sample=options.sample,
+    )
+    console = Console()
+    if settings.device == "cpu":
+        _same_threads()
+    with Progress(
+        TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(),
+        console=console, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=2 * len(settings.masks))
+        rows = bench.run(
+            settings,
+            lambda name, what, done: bar.update(
+                task, completed=done, description=f"{what} {name}".strip()
+            ),
+        )
+    found = machine.describe()
+    where = (
+        f"{found['cpu']}, {found['threads']} threads, {found['instruction_set']}"
+        if settings.device == "cpu"
+        else settings.device
+    )
+    console.print(_table(settings, rows, where))
+    if options.json is not None:
+        bench.to_json(settings, rows, options.json)
+        console.print(f"wrote {options.json}")
+    return 0
+
+
+def _same_threads() -> None:
+    """torch and anymask measure with the same number of threads."""
+    from anymask import bench, machine
+
+    if bench.has_torch():
+        import torch
+
+        torch.set_num_threads(machine.threads())
+
+
+def _table(settings: Any, rows: Sequence[Any], where: str) -> Any:
+    from rich.table import Table
+
+    s = settings
+    table = Table(
+        title=f"S={s.length} B={s.batch} H={s.heads}/{s.kv_heads} D={s.head_dim} {s.dtype}, "
+        f"{where}\nmilliseconds; TFLOP/s by exactly counted pairs; x: times faster than torch",
+        title_justify="left",
+        title_style="",
+    )
+    table.add_column("mask")
+    for column in ("allowed", "plan", "forward", "TFLOP/s", "x", "backward", "TFLOP/s", "x"):
+        table.add_column(column, justify="right")
+
+    def number(value: float | None, form: str = "{:.2f}", scale: float = 1.0) -> str:
+        return "-" if value is None else form.format(value * scale)
+
+    def ratio(peer: float | None, own: float | None) -> str:
+        if not peer or not own:
+            return "-"
+        factor = peer / own
+        colour = "green" if factor >= 1 else "red"
+        return f"[{colour}]{factor:.2f}[/]"
+
+    for row in rows:
+        table.add_row(
+            row.mask,
+            number(row.density, "{:.3f}"),
+            number(row.plan, scale=1e3),
+            number(row.forward, scale=1e3),
+            number(row.forward_tflops, "{:.3f}" if row.forward_tflops < 10 else "{:.0f}"),
+            ratio(row.peer_forward, row.forward),
+            number(row.backward, scale=1e3),
+            number(row.backward_tflops, "{:.3f}" if row.forward_tflops < 10 else "{:.0f}"),
+            ratio(row.peer_backward, row.backward),
+        )
+    return table
+
+
+# ---- doctor -------------------------------------------------------------------------------------
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from anymask import _library, machine
+
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    console = Console()
+    try:
+        table.add_row("library", f"{_library.path()} (version {_library.version()})")
+    except RuntimeError as error:
+        console.print(f"[red]library[/]  {error}", highlight=False)
+        return 1
+    found = machine.describe()
+    sets = ", ".join(
+        f"{name} (in use)" if name == found["instruction_set"] else name
+        for name in found["instruction_sets"]
+    )
+    table.add_row("CPU", f"{found['cpu']}, {found['cores']} cores for this process")
+    table.add_row("instruction sets", sets)
+    table.add_row("threads", str(found["threads"]))
+    table.add_row("system", f"{found['system']}, Python {found['python']}")
+    table.add_row("NumPy", found["numpy"] or "not found")
+    table.add_row("torch", _torch(found["torch"]))
+    table.add_row("check", _self_check())
+    console.print(table, highlight=False)
+    return 0
+
+
+def _torch(version: str | None) -> str:
+    if version is None:
+        return "not installed (pip install 'anymask[torch]'); NumPy arrays work without it"
+    import torch
+
+    gpu = "no CUDA GPU"
+    if torch.cuda.is_available():
+        gpu = ", ".join(
+            torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())
+        )
+    return f"{version}, {gpu}"
+
+
+def _self_check() -> str:
+    import numpy as np
+
+    from anymask import attention, causal, machine, measuring
+
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((1, 150, 2, 64), np.float32) for _ in range(3))
+    before = machine.instruction_set()
+    expected = measuring.reference(q, k, v, causal().to_dense(q_len=150))
+    try:
+        for name in machine.instruction_sets():
+            machine.set_instruction_set(name)
+            error = float(np.abs(attention(q, k, v, causal()) - expected).max())
+            if not error < 1e-5:
+                return f"[red]attention is wrong by {error:.1e} with {name}[/]"
+    finally:
+        machine.set_instruction_set(before)
+    return "[green]attention agrees with a float64 reference on every instruction set[/]"

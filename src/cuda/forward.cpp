@@ -1,0 +1,237 @@
+#include "cuda/forward.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "anymask/error.hpp"
+#include "cuda/device/sm90/forward_config.h"
+
+namespace anymask::cuda {
+namespace {
+
+constexpr KernelFamily kForward{"forward",
+                                "cuda/device/sm90/forward.h",
+                                "anymask::cuda::ForwardConfig",
+                                "anymask::cuda::ForwardParams",
+                                "anymask::cuda::forward_kernel",
+                                90,
+                                true,
+                                static_cast<int>(sizeof(ForwardParams))};
+
+// ---- variants ------------------------------------------------------------------------------------
+
+constexpr int padded(int64_t depth) {
+  return depth <= 64 ? 64 : depth <= 128 ? 128 : depth <= 192 ? 192 : 256;
+}
+
+// What the measurements in docs/kernels/forward.md chose. Output and scores of a math warpgroup
+// must fit its registers: up to 128 output columns leave room for three warpgroups, which share
+// each tile of K and V; wider outputs for two, whose products then overlap their own softmax.
+constexpr ForwardConfig variant(int depth, int value_depth, bool half, bool machine) {
+  ForwardConfig c{};
+  c.half = half;
+  c.depth = depth;
+  c.value_depth = value_depth;
+  c.machine = machine;
+  c.tiles = 1;
+  c.stages = 2;
+  c.bit_slots = 3;
+  c.pieces = 2;
+  if (value_depth <= 128 && depth <= 192) {
+    c.warpgroups = 3;
+    c.math_registers = 160;
+    c.load_registers = 32;
+    if (depth == 192) {
+      c.columns = 96;
+      c.pieces = 3;
+    } else if (depth == 64 && value_depth == 64) {
+      c.columns = 192;
+      c.stages = 3;
+      c.pieces = 3;
+    } else {
+      c.columns = 128;
+      c.tiles = 2;
+    }
+  } else {
+    c.warpgroups = 2;
+    c.overlap = 1;
+    c.columns = depth + value_depth > 384 ? 80 : 96;
+    c.bit_slots = depth + value_depth == 512 ? 1 : 3;
+    c.math_registers = 232;
+    c.load_registers = 40;
+  }
+  return c;
+}
+
+constexpr int kDepths[] = {64, 128, 192, 256};
+
+constexpr bool variants_fit() {
+  constexpr int kSharedBytes = 227 * 1024;
+  for (const int depth : kDepths) {
+    for (const int value_depth : kDepths) {
+      const ForwardConfig c = variant(depth, value_depth, false, false);
+      if (c.shared_bytes() > kSharedBytes) return false;
+      // Registers are dealt out at launch, in eights a thread; trading cannot make more of them.
+      const int at_launch = 65536 / c.threads() / 8 * 8 * (c.warpgroups + 1);
+      if (c.warpgroups * c.math_registers + c.load_registers > at_launch) return false;
+    }
+  }
+  return true;
+}
+static_assert(variants_fit());
+
+KernelConfig kernel_config(const ForwardConfig& c) {
+  KernelConfig config;
+  config.family = &kForward;
+  config.values = {c.half,  c.depth,     c.value_depth, c.warpgroups, c.columns,
+                   c.tiles, c.stages,    c.bit_slots,   c.overlap,    c.turns,
+                   c.pieces, c.machine,  c.math_registers, c.load_registers};
+  config.count = 14;
+  config.threads = c.threads();
+  config.shared_bytes = c.shared_bytes();
+  return config;
+}
+static_assert(sizeof(ForwardConfig) == 14 * sizeof(int32_t));
+
+// ---- parameters ------------------------------------------------------------------------------------
+
+// The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
+TensorMapBytes tensor_map(const Tensor& t, int rows) {
+  TensorMapSpec spec{};
+  spec.type = t.dtype == DType::f16 ? TensorMapType::kFloat16 : TensorMapType::kBfloat16;
+  spec.rank = 4;
+  spec.address = reinterpret_cast<uint64_t>(t.data);
+  constexpr int kOrder[4] = {3, 1, 2, 0};  // depth, length, heads, batch
+  for (int i = 0; i < 4; ++i) {
+    const int dimension = kOrder[i];
+    spec.extent[i] = static_cast<uint64_t>(t.shape[dimension]);
+    // Along a dimension of one element nothing is ever stepped over; any legal stride will do.
+    spec.stride_bytes[i] =
+        t.shape[dimension] == 1 ? 16 : static_cast<uint64_t>(t.stride[dimension]) * 2;
+    spec.box[i] = 1;
+  }
+  spec.box[0] = 64;
+  spec.box[1] = static_cast<uint32_t>(rows);
+  spec.swizzle = TensorMapSwizzle::k128Bytes;
+  const TensorMap map = encode_tensor_map(spec);
+  TensorMapBytes bytes;
+  std::copy(std::begin(map.opaque), std::end(map.opaque), std::begin(bytes.opaque));
+  return bytes;
+}
+
+// How many (batch, head) pairs run together: as many as have their K and V in two fifths of L2,
+// which leaves room for Q and the output that stream through.
+int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
+  const int64_t bytes =
+      std::max<int64_t>(1, problem.kv_len * (problem.head_dim + problem.v_head_dim) * 2);
+  const int64_t kv_heads = std::max<int64_t>(1, l2_bytes * 2 / 5 / bytes);
+  const int64_t pairs = problem.batch * problem.q_heads;
+  return static_cast<int32_t>(
+      std::min(pairs, kv_heads * (problem.q_heads / problem.kv_heads)));
+}
+
+void check_layout(const Tensor& tensor, const char* name) {
+  if (const char* problem = forward_layout_problem(tensor)) {
+    throw InvalidValue(std::string(name) + ": " + problem);
+  }
+}
+
+}  // namespace
+
+plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
+  const ForwardConfig c = variant(padded(head_dim), padded(v_head_dim), false, false);
+  return {c.rows(), c.tile_columns()};
+}
+
+const char* forward_layout_problem(const Tensor& tensor) {
+  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) {
+    return "its address must be a multiple of 16 bytes";
+  }
+  if (tensor.shape[3] > 1 && tensor.stride[3] != 1) return "its last dimension must be contiguous";
+  for (int i = 0; i < 3; ++i) {
+    if (tensor.shape[i] > 1 && (tensor.stride[i] % 8 != 0 || tensor.stride[i] < 0)) {
+      return "its strides must be multiples of 16 bytes, and not negative";
+    }
+  }
+  return nullptr;
+}
+
+void forward(const ForwardCall& call, int ordinal, CuStream stream) {
+  Problem problem;
+  problem.batch = call.q.shape[0];
+  problem.q_len = call.q.shape[1];
+  problem.q_heads = call.q.shape[2];
+  problem.head_dim = call.q.shape[3];
+  problem.kv_len = call.k.shape[1];
+  problem.kv_heads = call.k.shape[2];
+  problem.v_head_dim = call.v.shape[3];
+  if (problem.batch == 0 || problem.q_len == 0 || problem.q_heads == 0) return;
+  check_layout(call.q, "q");
+  check_layout(call.out, "out");
+
+  ForwardParams params{};
+  params.recipe = recipe_of(*call.program);
+  const bool half = call.q.dtype == DType::f16;
+  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
+                                       params.recipe.usable == 0);
+  const DeviceScope scope(ordinal);
+  const Kernel& compiled = kernel(kernel_config(config), ordinal);
+
+  params.q = tensor_map(call.q, 64);
+  if (problem.kv_len > 0) {
+    check_layout(call.k, "k");
+    check_layout(call.v, "v");
+    params.k = tensor_map(call.k, config.tile_columns());
+    params.v = tensor_map(call.v, config.tile_columns());
+  }
+  params.out = call.out.data;
+  params.out_batch_stride = call.out.stride[0];
+  params.out_row_stride = call.out.stride[1];
+  params.out_head_stride = call.out.stride[2];
+  params.lse = static_cast<float*>(call.lse.data);
+  params.q_heads = static_cast<int32_t>(problem.q_heads);
+  params.group_heads = static_cast<int32_t>(problem.q_heads / problem.kv_heads);
+  params.q_len = static_cast<int32_t>(problem.q_len);
+  params.kv_len = static_cast<int32_t>(problem.kv_len);
+  params.value_depth = static_cast<int32_t>(problem.v_head_dim);
+  // Masked scores are -inf, so the factor must be above 0: its sign goes to the scores, and a scale
+  // of 0 becomes one that leaves nothing of any score.
+  constexpr double kLog2E = 1.4426950408889634;
+  params.scale_log2 =
+      static_cast<float>(std::max(std::abs(call.scale), 1e-30) * kLog2E);
+  params.negate = call.scale < 0 ? 1 : 0;
+  params.pairs = static_cast<int32_t>(problem.batch * problem.q_heads);
+  params.chunk = chunk_of(problem, gpu(ordinal).l2_bytes);
+  const int64_t items = int64_t{params.pairs} * call.rows.outer_tiles;
+  if (items > INT32_MAX) {
+    throw Unsupported("attention: " + std::to_string(items) +
+                      " row tiles are too many for one call: split the batch");
+  }
+  params.items = static_cast<int32_t>(items);
+  params.map = call.rows;
+  params.program = *call.program;
+
+  const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
+  if (blocks < params.items) {
+    params.next_item = static_cast<int32_t*>(call.workspace);
+    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(call.workspace), 0, 1, stream),
+          "cuMemsetD32Async");
+  }
+  launch(compiled, {static_cast<uint32_t>(blocks)}, stream, params);
+}
+
+std::vector<KernelConfig> forward_kernels() {
+  constexpr int kShipped[][2] = {{64, 64}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
+  std::vector<KernelConfig> all;
+  for (const auto& [depth, value_depth] : kShipped) {
+    for (const bool half : {false, true}) {
+      for (const bool machine : {false, true}) {
+        all.push_back(kernel_config(variant(depth, value_depth, half, machine)));
+      }
+    }
+  }
+  return all;
+}
+
+}  // namespace anymask::cuda

@@ -1,0 +1,39 @@
+// The Hopper forward pass, host side: which kernel variant serves a call, and its launch.
+#pragma once
+
+#include <vector>
+
+#include "anymask/types.hpp"
+#include "cuda/kernel.h"
+#include "plan/layout.h"
+#include "rules/program.h"
+
+namespace anymask::cuda {
+
+// The tile of the forward row map that the kernel for these head dimensions walks: the plan is
+// built for it. Dimensions: multiples of 8 up to 256.
+plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim);
+
+struct ForwardCall {
+  Tensor q, k, v, out;  // [batch, length, heads, depth], f16 or bf16, any sizes; validated
+  Tensor lse;           // [batch, q_heads, q_len] f32, contiguous; or "none"
+  const rules::Program* program;  // dense leaves packed; with a key order, k and v are in that order
+  plan::TileMap rows;             // row map in forward_tile_shape
+  double scale;
+  void* workspace;  // kForwardWorkspaceBytes, nobody else's until the work is done
+};
+
+inline constexpr int64_t kForwardWorkspaceBytes = 256;
+
+// Why the copy engine cannot read or write this view as it is (an address or stride that is no
+// multiple of 16 bytes), or nullptr. Such a tensor has to be copied first.
+const char* forward_layout_problem(const Tensor& tensor);
+
+// Queues the pass on `stream`; writes every element of out and lse. Never waits for the device; can
+// be captured in a graph.
+void forward(const ForwardCall& call, int ordinal, CuStream stream);
+
+// The variants that a release ships compiled.
+std::vector<KernelConfig> forward_kernels();
+
+}  // namespace anymask::cuda
