@@ -1,4 +1,4 @@
-"""anymask beside torch on the CPU: forward and backward, in one run, against this project's targets.
+"""anymask beside torch on the CPU, forward and backward, in one run, with this project's targets.
 
     python benchmarks/cpu_attention.py                          # everything: about an hour
     python benchmarks/cpu_attention.py --lengths 1024,4096 --dtypes float32 --dims 64 --no-flex
@@ -81,22 +81,22 @@ def flex_attention_call(case: BenchmarkMask, q: Any, k: Any, v: Any) -> Callable
     from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
     length = q.shape[2]
-    columns = torch.from_numpy(case.indices[0, 0]).unbind(1)
-    causal, count = case.causal, len(columns)
+    starts = torch.from_numpy(case.indices[0, 0, :, 0].copy())
 
-    def allowed(b: Any, h: Any, i: Any, j: Any) -> Any:
-        if causal and count == 1:
-            return (i >= j) & (i < columns[0][j])
-        if not causal and count == 2:
-            return (i < columns[0][j]) & (i >= columns[1][j])
-        one = (i >= columns[0][j]) & (i < columns[1][j])
-        return ~(one | (i >= columns[2][j]) & (i < columns[3][j]))
+    def causal_until(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i >= j) & (i < starts[j])
 
+    def global_window(b: Any, h: Any, i: Any, j: Any) -> Any:
+        return (i < 16) | (j < 16) | ((i - j <= length // 16) & (j - i <= length // 16))
+
+    allowed = global_window if case.name == "global_sliding_window" else causal_until
+    assert case.name in MASKS
     classes = torch.from_numpy(case.mask.tile_classes(q_len=length, tile=TILE))
 
     def tiles(kind: int) -> tuple[Any, Any]:
         chosen = (classes == kind).int()
-        return chosen.sum(-1, dtype=torch.int32), chosen.argsort(-1, True, True).int()
+        order = torch.argsort(chosen, stable=True, dim=-1, descending=True)
+        return chosen.sum(-1, dtype=torch.int32), order.int()
 
     block_mask = BlockMask.from_kv_blocks(*tiles(3), *tiles(1), BLOCK_SIZE=TILE, mask_mod=allowed)
     torch._dynamo.reset()

@@ -5,43 +5,57 @@
 #include <new>
 #include <string>
 
+#include "anymask/error.hpp"
 #include "check.h"
 #include "cpu/backend.h"
 #include "cpu/plan.h"
 #include "cpu/threads.h"
-#include "mask/describe.h"
+#include "cuda/backend.h"
 #include "mask/lower.h"
 #include "plan/view.h"
 
 namespace anymask {
 namespace {
 
-[[noreturn]] void fail_no_cuda() {
-  throw Unsupported("this build of anymask has no CUDA backend; move the tensors to the CPU");
+[[noreturn]] void fail_no_cuda_backward() {
+  throw Unsupported("the backward pass on CUDA is not there yet; move the tensors to the CPU");
 }
 
-plan::TileShapes tile_shapes(const Problem& problem) {
-  if (problem.device.type != DeviceType::cpu) fail_no_cuda();
-  return cpu::tile_shapes(problem);
-}
+bool on_cuda(const Problem& problem) { return problem.device.type == DeviceType::cuda; }
 
-// The plan in the caller's buffer, or one made for this call.
+// A mask lowered for a problem, and how its plan lies in a buffer.
+struct Lowered {
+  rules::Program program;
+  plan::TileShapes shapes;
+  int64_t plan_bytes;     // of the plan's own sections
+  int64_t scratch_bytes;  // behind them, for building it
+
+  Lowered(const Mask& mask, const Problem& problem)
+      : program(lower(mask, problem)),
+        shapes(on_cuda(problem) ? cuda::tile_shapes(problem) : cpu::tile_shapes(problem)),
+        plan_bytes(plan::bytes_needed(program, shapes)),
+        scratch_bytes(on_cuda(problem) ? cuda::plan_scratch(program) : 0) {}
+
+  int64_t bytes() const { return plan_bytes + scratch_bytes; }
+};
+
+// The plan in the caller's buffer, or (CPU) one made for this call.
 class CallPlan {
  public:
   CallPlan(const Mask& mask, const Problem& problem, const void* buffer, int64_t bytes) {
     if (buffer == nullptr) {
+      if (on_cuda(problem)) throw InvalidValue("plan is missing: a CUDA call needs one");
       own_.emplace(mask, problem);
       buffer = own_->buffer();
       bytes = own_->bytes();
     }
-    const rules::Program lowered = lower(mask, problem);
-    const plan::TileShapes shapes = tile_shapes(problem);
-    const int64_t needed = plan::bytes_needed(lowered, shapes);
-    if (bytes != needed) {
+    const Lowered lowered(mask, problem);
+    if (bytes != lowered.bytes()) {
       throw InvalidValue("plan has " + std::to_string(bytes) + " bytes; this mask and call need " +
-                         std::to_string(needed) + ": it was made for another mask or shape");
+                         std::to_string(lowered.bytes()) +
+                         ": it was made for another mask or shape");
     }
-    plan_ = plan::view(lowered, shapes, const_cast<void*>(buffer));
+    plan_ = plan::view(lowered.program, lowered.shapes, const_cast<void*>(buffer));
   }
 
   const plan::Plan& get() const { return plan_; }
@@ -58,22 +72,26 @@ Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 int64_t plan_bytes(const Mask& mask, const Problem& problem) {
-  return plan::bytes_needed(lower(mask, problem), tile_shapes(problem));
+  return Lowered(mask, problem).bytes();
 }
 
 void build_plan(const Mask& mask, const Problem& problem, void* buffer, int64_t bytes,
-                void* /*stream*/) {
-  const rules::Program lowered = lower(mask, problem);
-  const plan::TileShapes shapes = tile_shapes(problem);
-  const int64_t needed = plan::bytes_needed(lowered, shapes);
-  if (bytes < needed) {
+                void* stream) {
+  const Lowered lowered(mask, problem);
+  if (bytes < lowered.bytes()) {
     throw InvalidValue("buffer has " + std::to_string(bytes) + " bytes; this plan needs " +
-                       std::to_string(needed));
+                       std::to_string(lowered.bytes()));
   }
   if (reinterpret_cast<uintptr_t>(buffer) % 256 != 0) {
     throw InvalidValue("buffer must be aligned to 256 bytes");
   }
-  cpu::build_plan(lowered, plan::view(lowered, shapes, buffer));
+  const plan::Plan plan = plan::view(lowered.program, lowered.shapes, buffer);
+  if (on_cuda(problem)) {
+    cuda::build_plan(lowered.program, plan, static_cast<char*>(buffer) + lowered.plan_bytes,
+                     problem, stream);
+  } else {
+    cpu::build_plan(lowered.program, plan);
+  }
 }
 
 Plan::Plan(Mask mask, const Problem& problem)
@@ -86,13 +104,14 @@ void Plan::Free::operator()(void* buffer) const {
   ::operator delete (buffer, std::align_val_t{256});
 }
 
-int64_t forward_workspace_bytes(const Problem& problem) {
-  if (problem.device.type != DeviceType::cpu) fail_no_cuda();
-  return 0;
+int64_t forward_workspace_bytes(const Mask& mask, const Problem& problem) {
+  return on_cuda(problem) ? cuda::forward_workspace(lower(mask, problem), problem) : 0;
 }
 
-int64_t backward_workspace_bytes(const Problem& problem, bool /*deterministic*/) {
-  return forward_workspace_bytes(problem);
+int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool /*deterministic*/) {
+  if (on_cuda(problem)) fail_no_cuda_backward();
+  lower(mask, problem);
+  return 0;
 }
 
 void attention_forward(const ForwardArgs& args) {
@@ -100,6 +119,7 @@ void attention_forward(const ForwardArgs& args) {
   check_forward(args, problem);
   const double scale = check_scale(args.scale, problem);
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
+  if (on_cuda(problem)) return cuda::forward(args, problem, plan.get(), scale);
   cpu::forward({.q = args.q,
                 .k = args.k,
                 .v = args.v,
@@ -114,6 +134,7 @@ void attention_backward(const BackwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_backward(args, problem);
   const double scale = check_scale(args.scale, problem);
+  if (on_cuda(problem)) fail_no_cuda_backward();
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
   cpu::backward({.q = args.q,
                  .k = args.k,

@@ -113,14 +113,18 @@ anymask_status anymask_build_plan(const anymask_mask* mask, const anymask_proble
       [&] { build_plan(mask_from(*mask), problem_from(*problem), buffer, bytes, stream); });
 }
 
-anymask_status anymask_forward_workspace_bytes(const anymask_problem* problem, int64_t* bytes) {
-  return guarded([&] { *bytes = forward_workspace_bytes(problem_from(*problem)); });
+anymask_status anymask_forward_workspace_bytes(const anymask_mask* mask,
+                                               const anymask_problem* problem, int64_t* bytes) {
+  return guarded(
+      [&] { *bytes = forward_workspace_bytes(mask_from(*mask), problem_from(*problem)); });
 }
 
-anymask_status anymask_backward_workspace_bytes(const anymask_problem* problem,
+anymask_status anymask_backward_workspace_bytes(const anymask_mask* mask,
+                                                const anymask_problem* problem,
                                                 int32_t deterministic, int64_t* bytes) {
-  return guarded(
-      [&] { *bytes = backward_workspace_bytes(problem_from(*problem), deterministic != 0); });
+  return guarded([&] {
+    *bytes = backward_workspace_bytes(mask_from(*mask), problem_from(*problem), deterministic != 0);
+  });
 }
 
 anymask_status anymask_attention_forward(const anymask_forward_args* args) {

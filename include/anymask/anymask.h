@@ -60,7 +60,7 @@ enum { /* kind of a mask node; how each uses left, right and arrays */
        ANYMASK_NOT = 100,
        ANYMASK_AND = 101,
        ANYMASK_OR = 102,
-  ANYMASK_REORDERED = 103, /* the operand, with the hint that its keys are scattered */
+       ANYMASK_REORDERED = 103, /* the operand, with the hint that its keys are scattered */
 };
 
 /* A view: strides in elements. ndim == 0 stands for "none". */
@@ -133,10 +133,12 @@ ANYMASK_API anymask_status anymask_build_plan(const anymask_mask* mask,
                                               const anymask_problem* problem, void* buffer,
                                               int64_t bytes, void* stream);
 
-/* Scratch memory of a CUDA call (0 on the CPU). */
-ANYMASK_API anymask_status anymask_forward_workspace_bytes(const anymask_problem* problem,
+/* Scratch memory of a CUDA call, 256-byte aligned (0 on the CPU). */
+ANYMASK_API anymask_status anymask_forward_workspace_bytes(const anymask_mask* mask,
+                                                           const anymask_problem* problem,
                                                            int64_t* bytes);
-ANYMASK_API anymask_status anymask_backward_workspace_bytes(const anymask_problem* problem,
+ANYMASK_API anymask_status anymask_backward_workspace_bytes(const anymask_mask* mask,
+                                                            const anymask_problem* problem,
                                                             int32_t deterministic, int64_t* bytes);
 
 ANYMASK_API anymask_status anymask_attention_forward(const anymask_forward_args* args);

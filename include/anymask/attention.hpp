@@ -45,8 +45,8 @@ void attention_forward(const ForwardArgs& args);
 void attention_backward(const BackwardArgs& args);
 
 // Scratch memory that a CUDA call needs beside its plan; 0 on the CPU.
-int64_t forward_workspace_bytes(const Problem& problem);
-int64_t backward_workspace_bytes(const Problem& problem, bool deterministic);
+int64_t forward_workspace_bytes(const Mask& mask, const Problem& problem);
+int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool deterministic);
 
 // The problem that a call's tensors state.
 Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v);

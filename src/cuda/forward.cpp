@@ -28,12 +28,12 @@ constexpr int padded(int64_t depth) {
 // What the measurements in docs/kernels/forward.md chose. Output and scores of a math warpgroup
 // must fit its registers: up to 128 output columns leave room for three warpgroups, which share
 // each tile of K and V; wider outputs for two, whose products then overlap their own softmax.
-constexpr ForwardConfig variant(int depth, int value_depth, bool half, bool machine) {
+constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath masks) {
   ForwardConfig c{};
   c.half = half;
   c.depth = depth;
   c.value_depth = value_depth;
-  c.machine = machine;
+  c.mask_path = static_cast<int32_t>(masks);
   c.tiles = 1;
   c.stages = 2;
   c.bit_slots = 3;
@@ -64,13 +64,19 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, bool mach
   return c;
 }
 
+MaskPath mask_path(const RunRecipe& recipe) {
+  if (recipe.ids >= 0) return MaskPath::kRecipe;
+  if (recipe.usable == 0) return MaskPath::kMachine;
+  return recipe.bits < 0 ? MaskPath::kRuns : MaskPath::kRecipe;
+}
+
 constexpr int kDepths[] = {64, 128, 192, 256};
 
 constexpr bool variants_fit() {
   constexpr int kSharedBytes = 227 * 1024;
   for (const int depth : kDepths) {
     for (const int value_depth : kDepths) {
-      const ForwardConfig c = variant(depth, value_depth, false, false);
+      const ForwardConfig c = variant(depth, value_depth, false, MaskPath::kRuns);
       if (c.shared_bytes() > kSharedBytes) return false;
       // Registers are dealt out at launch, in eights a thread; trading cannot make more of them.
       const int at_launch = 65536 / c.threads() / 8 * 8 * (c.warpgroups + 1);
@@ -86,7 +92,7 @@ KernelConfig kernel_config(const ForwardConfig& c) {
   config.family = &kForward;
   config.values = {c.half,  c.depth,     c.value_depth, c.warpgroups, c.columns,
                    c.tiles, c.stages,    c.bit_slots,   c.overlap,    c.turns,
-                   c.pieces, c.machine,  c.math_registers, c.load_registers};
+                   c.pieces, c.mask_path,  c.math_registers, c.load_registers};
   config.count = 14;
   config.threads = c.threads();
   config.shared_bytes = c.shared_bytes();
@@ -140,7 +146,7 @@ void check_layout(const Tensor& tensor, const char* name) {
 }  // namespace
 
 plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
-  const ForwardConfig c = variant(padded(head_dim), padded(v_head_dim), false, false);
+  const ForwardConfig c = variant(padded(head_dim), padded(v_head_dim), false, MaskPath::kRuns);
   return {c.rows(), c.tile_columns()};
 }
 
@@ -174,7 +180,7 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
   const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-                                       params.recipe.usable == 0);
+                                       mask_path(params.recipe));
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
@@ -226,8 +232,8 @@ std::vector<KernelConfig> forward_kernels() {
   std::vector<KernelConfig> all;
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
-      for (const bool machine : {false, true}) {
-        all.push_back(kernel_config(variant(depth, value_depth, half, machine)));
+      for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine}) {
+        all.push_back(kernel_config(variant(depth, value_depth, half, masks)));
       }
     }
   }

@@ -21,7 +21,7 @@ class Config:
     head_dim: int = 32
     learning_rate: float = 1e-2
     seed: int = 0
-    steps: int = 30
+    steps: int = 24
     seconds: float | None = None  # train no further once this much time has passed
     sample: int = 0  # bytes to write at the end
 

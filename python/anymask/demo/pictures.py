@@ -118,16 +118,11 @@ def mask_tiles(classes: np.ndarray, length: int) -> str:
 # ---- curves -------------------------------------------------------------------------------------
 
 
-def _nice_step(span: float) -> float:
-    raw = max(span, 1e-9) / 4
+def _nice_step(span: float, parts: int) -> float:
+    """A round step that divides `span` into at most `parts` or so."""
+    raw = max(span, 1e-9) / parts
     power = 10.0 ** math.floor(math.log10(raw))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= raw)
-
-
-def _ticks(last: float) -> list[float]:
-    """Round numbers from the first step's size up to `last`."""
-    step = _nice_step(last)
-    return [step * i for i in range(1, int(last / step + 1e-9) + 1)]
 
 
 class _Axes:
@@ -147,14 +142,17 @@ class _Axes:
         share = (value - self.low) / (self.high - self.low)
         return self.bottom - (self.bottom - self.top) * min(max(share, 0.0), 1.0)
 
-    def grid(self, ticks: Sequence[tuple[float, str]], name: str) -> list[str]:
+    def grid(self, ticks: Sequence[tuple[float, str]], name: str, least: float) -> list[str]:
+        """Lines and labels; labels of x are multiples of a round number, `least` at least."""
         parts = []
         for value, text in ticks:
             y = self.y(value)
             parts.append(_line(self.left, y, self.right, y, "grid"))
             parts.append(_text(self.left - 8, y + 4, text, "end"))
-        for value in (self.first, *_ticks(self.last)):
-            if value == self.first or self.x(value) - self.left > 40:
+        step = max(least, _nice_step(self.last - self.first, 8))
+        labels = [self.first, *(step * i for i in range(1, int(self.last / step + 1e-9) + 1))]
+        for value in labels:
+            if value == self.first or self.x(value) > self.left + 25:
                 parts.append(_text(self.x(value), self.bottom + 18, f"{value:g}"))
         parts.append(_text((self.left + self.right) / 2, self.height - 4, name, kind="axis"))
         return parts
@@ -173,7 +171,7 @@ class _Axes:
 def _loss_axes(
     values: Sequence[float], first: float, last: float, height: int
 ) -> tuple[_Axes, list[tuple[float, str]]]:
-    step = _nice_step(max(values) - min(values))
+    step = _nice_step(max(values) - min(values), 4)
     low = math.floor(min(values) / step) * step
     count = max(1, math.ceil((max(values) - low) / step - 1e-9))
     ticks = [(low + i * step, f"{low + i * step:.4g}") for i in range(count + 1)]
@@ -184,7 +182,7 @@ def losses(torch: Sequence[float], anymask: Sequence[float]) -> str:
     """Both curves on top of each other: torch's wide and pale, anymask's thin on it."""
     axes, ticks = _loss_axes([*torch, *anymask], 1, len(torch), 340)
     parts = [
-        *axes.grid(ticks, "step"),
+        *axes.grid(ticks, "step", 1),
         axes.curve(list(enumerate(torch, 1)), "torch"),
         axes.curve(list(enumerate(anymask, 1)), "anymask"),
     ]
@@ -199,7 +197,7 @@ def losses_over_time(
     """The same curves of (seconds, loss)."""
     every = [*torch, *anymask]
     axes, ticks = _loss_axes([loss for _, loss in every], 0, max(x for x, _ in every), 260)
-    parts = axes.grid(ticks, "seconds of training")
+    parts = axes.grid(ticks, "seconds of training", 0)
     for name, points in (("torch", torch), ("anymask", anymask)):
         parts.append(axes.curve(points, f"{name}-thin"))
         for step, (x, y) in enumerate(points, 1):
@@ -216,7 +214,7 @@ def differences(values: Sequence[float]) -> str:
     high = max(high, low + 1)
     axes = _Axes(1, len(values), low, high, 170)
     every = max(1, (high - low + 2) // 4)
-    parts = axes.grid([(e, f"1e{e}") for e in range(low, high + 1, every)], "step")
+    parts = axes.grid([(e, f"1e{e}") for e in range(low, high + 1, every)], "step", 1)
     for step, value in enumerate(values, 1):
         if value > 0.0:
             x, y = axes.x(step), math.log10(value)

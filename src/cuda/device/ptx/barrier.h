@@ -32,7 +32,7 @@ struct alignas(8) Barrier {
                  : "memory");
   }
 
-  // Whether the phase of this parity has completed.
+  // Whether the phase of this parity has completed; looks at once.
   __device__ __forceinline__ bool test(uint32_t parity) const {
     uint32_t done;
     asm volatile(
@@ -43,6 +43,21 @@ struct alignas(8) Barrier {
         "}"
         : "=r"(done)
         : "r"(shared_address(&state)), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
+
+  // The same, but sleeps up to `nanoseconds` for it.
+  __device__ __forceinline__ bool wait_for(uint32_t parity, uint32_t nanoseconds) const {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, %3;\n"
+        "selp.b32 %0, 1, 0, p;\n"
+        "}"
+        : "=r"(done)
+        : "r"(shared_address(&state)), "r"(parity), "r"(nanoseconds)
         : "memory");
     return done != 0;
   }

@@ -61,7 +61,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
   for (int i = 0; i < kBackwardRows * C.depth / 4; i += kPrepareThreads) {
     q_sums[i + thread] = {0.0f, 0.0f, 0.0f, 0.0f};
   }
-  if (thread < 2) p.turns[2 * row_tile + thread] = 0;
+  if (C.ordered != 0 && thread < 2) p.turns[2 * row_tile + thread] = 0;
   if (row_tile == 0 && thread == 0) *p.next_item = 0;
 
   float* stats = p.stats + row_tile * (2 * kBackwardRows);

@@ -20,12 +20,15 @@ namespace anymask::cuda {
 template <ForwardConfig C>
 struct LoadWarp {
   using Shared = ForwardShared<C>;
+  // Looking without a pause takes issue slots from the math warps: 3% of a causal pass.
+  static constexpr uint32_t kPollNanoseconds = 200;
 
   const ForwardParams& p;
   Shared& shared;
   const int lane;
 
-  Ring<kItemSlots> items;
+  Ring<kItemSlots> items;  // the slot of the next item to publish
+  Item next;
   Ring<C.stages> k_ring, v_ring;
   Item item;
   uint32_t q_parity = 0;  // a bit per warpgroup
@@ -54,7 +57,7 @@ struct LoadWarp {
   __device__ __forceinline__ void wait(const ptx::Barrier& barrier, uint32_t parity) {
     while (q_wanted != 0) {
       load_freed_q();
-      if (barrier.test(parity)) return;
+      if (barrier.wait_for(parity, kPollNanoseconds)) return;
     }
     barrier.wait(parity);
   }
@@ -95,43 +98,62 @@ struct LoadWarp {
     v_ring.next();
   }
 
-  __device__ __forceinline__ void load_item() {
+  // Loads `item`, and publishes the item after it: before this warp waits for room for the last
+  // step, since mask bits take longer to make than the rings hold. `claimed`: in lane 0, that
+  // item's number, counted from the first that the counter gave out.
+  __device__ __forceinline__ void load_item(int claimed) {
+    const int steps = item.count;
+    if (steps > 0) {
 #pragma unroll
-    for (int w = 0; w < C.warpgroups; ++w) {
-      if (item.row_tile * C.rows() + 64 * w < p.q_len) q_wanted |= 1u << w;
+      for (int w = 0; w < C.warpgroups; ++w) {
+        if (item.row_tile * C.rows() + 64 * w < p.q_len) q_wanted |= 1u << w;
+      }
     }
     // K runs one step ahead of V: its stage frees first, and it is wanted first.
     int first = 0, second = 0;
     StepWalker<C> walker(p, item, lane);
+    const int publish_at = steps > 1 ? steps - 2 : 0;
 #pragma unroll 1
-    for (int step = 0; step < item.count; ++step) {
-      walker.next();
-      load_k(walker.first, walker.second, walker.needs_bits);
+    for (int step = 0; step <= steps; ++step) {
+      if (step < steps) {
+        walker.next();
+        load_k(walker.first, walker.second, walker.needs_bits);
+      }
       if (step > 0) load_v(first, second);
       first = walker.first;
       second = walker.second;
+      if (step == publish_at) publish(gridDim.x + __shfl_sync(0xffffffffu, claimed, 0));
     }
-    load_v(first, second);
     while (q_wanted != 0) load_freed_q();
   }
 
-  __device__ __forceinline__ void run() {
-    for (int index = blockIdx.x;; items.next()) {
-      item = {0, 0, 0, -1};
-      if (index < p.items) item = item_at<C>(p, index);
-      shared.item_empty[items.slot].wait(items.parity ^ 1);
-      if (lane == 0) {
-        shared.items[items.slot] = item;
-        if (C.machine == 0 && item.count > 0) shared.arrays[items.slot] = recipe_arrays(p, item);
-        shared.item_full[items.slot].arrive();
+  // Makes `next` the item at `index` and tells the other warps.
+  __device__ __forceinline__ void publish(int index) {
+    next = {0, 0, 0, -1};
+    if (index < p.items) next = item_at<C>(p, index);
+    shared.item_empty[items.slot].wait(items.parity ^ 1);
+    if (lane == 0) {
+      shared.items[items.slot] = next;
+      if (C.masks() != MaskPath::kMachine && next.count > 0) {
+        shared.arrays[items.slot] = recipe_arrays(p, next);
       }
-      if (item.count < 0) break;
-      // Asked for now, needed only when this item's loads are out.
-      int claimed = 0;
-      if (lane == 0 && p.next_item != nullptr) claimed = atomicAdd(p.next_item, 1);
-      if (item.count > 0) load_item();
-      index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
+      shared.item_full[items.slot].arrive();
     }
+    items.next();
+  }
+
+  __device__ __forceinline__ void run() {
+    // Before the first item comes one without steps, which only publishes.
+    next = {0, 0, 0, 0};
+    int claimed = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x);
+    do {
+      item = next;
+      load_item(claimed);
+      claimed = 0;
+      if (lane == 0 && next.count >= 0 && p.next_item != nullptr) {
+        claimed = atomicAdd(p.next_item, 1);
+      }
+    } while (next.count >= 0);
   }
 };
 

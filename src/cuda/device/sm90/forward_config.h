@@ -7,6 +7,14 @@
 
 namespace anymask::cuda {
 
+// How mask bits are made. Code for masks that a call does not have costs registers, and there are
+// few: so each path is a variant.
+enum class MaskPath : int32_t {
+  kRuns,     // programs whose recipe is runs of rows only
+  kRecipe,   // any recipe
+  kMachine,  // the postfix machine, for programs without a recipe
+};
+
 // One variant. Integers only: the launcher hands them to the compiler as a list.
 struct ForwardConfig {
   int32_t half;            // 1: fp16, 0: bf16
@@ -20,10 +28,11 @@ struct ForwardConfig {
   int32_t overlap;         // 1: the next Q K^T runs under this softmax (needs registers for P)
   int32_t turns;           // 1: warpgroups take turns at issuing products
   int32_t pieces;          // without overlap: P V is issued in this many pieces, as P is made
-  int32_t machine;         // 1: mask bits by the postfix machine, for programs without a recipe
+  int32_t mask_path;       // a MaskPath
   int32_t math_registers;  // of a thread, after the warpgroups have traded
   int32_t load_registers;
 
+  constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr int rows() const { return 64 * warpgroups; }
   constexpr int tile_columns() const { return columns / tiles; }
   constexpr int threads() const { return 128 * (warpgroups + 1); }
@@ -46,13 +55,13 @@ struct alignas(64) TensorMapBytes {
 // one bitmap and one pair of ids needs no postfix machine: per column, three runs of rows say all
 // but the bitmap and the ids. Indices are of program nodes, -1: none.
 struct RunRecipe {
-  int32_t usable;  // 0: the program needs a variant with the machine
+  int32_t usable;  // 0: the program has ids, or needs the machine
   int32_t band_lo, band_hi;  // of all bands together
   int32_t intervals;
   int32_t segments;
   int32_t prefix;
   int32_t bits;
-  int32_t ids;
+  int32_t ids;  // then the rest of the recipe holds too
 };
 
 // The recipe of `program`, where it has one. Host only.
@@ -80,9 +89,10 @@ inline RunRecipe recipe_of(const rules::Program& program) {
       case Op::kIds: slot = &recipe.ids; break;
       default: break;
     }
-    if (slot == nullptr || *slot >= 0) return RunRecipe{};
+    if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, -1};
     *slot = i;
   }
+  if (recipe.ids >= 0) recipe.usable = 0;
   return recipe;
 }
 

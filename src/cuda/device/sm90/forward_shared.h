@@ -12,7 +12,7 @@ inline constexpr int kSlabRowBytes = 128;
 
 inline constexpr int kMathWarps = 4;  // warps of a warpgroup
 inline constexpr int kBitWarps = 3;   // of the producer warpgroup; the fourth loads
-inline constexpr int kItemSlots = 2;  // deeper would claim work too early for an even finish
+inline constexpr int kItemSlots = 3;  // in math, loading, and published ahead
 
 // One row tile of one head. count < 0: no more work.
 struct Item {

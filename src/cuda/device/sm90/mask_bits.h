@@ -118,7 +118,7 @@ __device__ __forceinline__ int64_t integer_of(const rules::Array& array, const v
 
 // The words of a column for kWords x 32 rows from first_row. Bits of rows that do not exist are
 // arbitrary: they cost a mask that was not needed, never a wrong result.
-template <int kWords>
+template <MaskPath kPath, int kWords>
 __device__ __forceinline__ void column_words(const ForwardParams& p, const RecipeArrays& arrays,
                                              int key, int first_row, bool exists, int lane,
                                              uint32_t (&words)[kWords]) {
@@ -141,6 +141,7 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
     runs.begin1 = runs.begin2;
     runs.end1 = runs.end2;
   }
+  if constexpr (kPath == MaskPath::kRuns) return;
   if (p.recipe.bits >= 0 && exists) {
     const rules::Array& array = p.program.nodes[p.recipe.bits].columns;
     const uint32_t* word =
@@ -217,16 +218,16 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
         const int column = tile * C.tile_columns() + in_its_tile;
         const bool exists = in_tile && column < p.kv_len;
         uint32_t words[2 * C.warpgroups] = {};
-        if constexpr (C.machine == 0) {
+        if constexpr (C.masks() != MaskPath::kMachine) {
           int key = column;
           if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
-          column_words(p, arrays, key, item_row, exists, lane, words);
+          column_words<C.masks()>(p, arrays, key, item_row, exists, lane, words);
         }
         shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
-#pragma unroll(C.machine == 0 ? C.warpgroups : 1)
+#pragma unroll(C.masks() != MaskPath::kMachine ? C.warpgroups : 1)
         for (int w = 0; w < C.warpgroups; ++w) {
           uint32_t upper = 0, lower = 0;
-          if constexpr (C.machine == 0) {
+          if constexpr (C.masks() != MaskPath::kMachine) {
             upper = words[2 * w];
             lower = words[2 * w + 1];
           } else if (exists) {
