@@ -248,4 +248,25 @@ anymask_status anymask_measure_cpu_peak(int32_t dtype, double* gflops) {
   return guarded([&] { *gflops = measure_cpu_peak(static_cast<DType>(dtype)); });
 }
 
+anymask_status anymask_cuda_report(char* json, int64_t* size) {
+  return guarded([&] {
+    const std::string report = cuda_report();
+    const int64_t room = *size;
+    *size = static_cast<int64_t>(report.size()) + 1;
+    write_text(report, json, room);
+  });
+}
+
+anymask_status anymask_warm_up_cuda(int32_t capability, int32_t* kernels) {
+  return guarded([&] { *kernels = warm_up_cuda(capability); });
+}
+
+anymask_status anymask_add_cuda_library_folder(const char* folder) {
+  return guarded([&] { add_cuda_library_folder(folder); });
+}
+
+anymask_status anymask_set_cuda_package_cache(const char* folder) {
+  return guarded([&] { set_cuda_package_cache(folder); });
+}
+
 }  // extern "C"

@@ -96,4 +96,14 @@ TEST(CApi, InstructionSetsAreListedAndTheBestIsUsed) {
   EXPECT_NE(std::strstr(names, name), nullptr);
 }
 
+TEST(CApi, TheCudaReportSaysHowMuchRoomItNeeds) {
+  int64_t size = 0;
+  EXPECT_EQ(anymask_cuda_report(nullptr, &size), ANYMASK_INVALID_VALUE);
+  ASSERT_GT(size, 1);
+  std::vector<char> json(static_cast<size_t>(size));
+  ASSERT_EQ(anymask_cuda_report(json.data(), &size), ANYMASK_OK);
+  EXPECT_EQ(json[0], '{');
+  EXPECT_NE(std::strstr(json.data(), "\"driver\""), nullptr);
+}
+
 }  // namespace

@@ -174,6 +174,13 @@ ANYMASK_API anymask_status anymask_set_cpu_threads(int32_t threads);
 ANYMASK_API anymask_status anymask_cpu_threads(int32_t* threads);
 ANYMASK_API anymask_status anymask_measure_cpu_peak(int32_t dtype, double* gflops);
 
+/* CUDA backend: a report as JSON (*size: the room there is; afterwards the bytes it needs, with
+ * ANYMASK_INVALID_VALUE when that is more), and kernels compiled ahead. */
+ANYMASK_API anymask_status anymask_cuda_report(char* json, int64_t* size);
+ANYMASK_API anymask_status anymask_warm_up_cuda(int32_t capability, int32_t* kernels);
+ANYMASK_API anymask_status anymask_add_cuda_library_folder(const char* folder);
+ANYMASK_API anymask_status anymask_set_cuda_package_cache(const char* folder);
+
 #ifdef __cplusplus
 }
 #endif

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "anymask/attention.hpp"
+#include "anymask/cuda.hpp"
 #include "anymask/error.hpp"
 #include "anymask/mask.hpp"
 #include "anymask/plan.hpp"

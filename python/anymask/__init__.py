@@ -20,6 +20,7 @@ from anymask.masks import (
     intervals,
     prefix_lm,
     sliding_window,
+    top_keys,
 )
 from anymask.plans import Plan, Problem, plan
 
@@ -41,6 +42,7 @@ __all__ = [
     "plan",
     "prefix_lm",
     "sliding_window",
+    "top_keys",
 ]
 
 

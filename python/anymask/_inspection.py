@@ -134,6 +134,20 @@ def tile_classes(
     return classes
 
 
+def top_keys(scores: np.ndarray, keep: int, q_len: int) -> np.ndarray:
+    """masks.top_keys for NumPy: int32 [batch, heads, kv_len, 1]."""
+    scores = scores.astype(np.float32, copy=False)
+    ends = np.empty((*scores.shape, 1), np.int32)
+    call(
+        "anymask_top_keys",
+        _tensors.pack_numpy(scores, "scores"),
+        keep,
+        q_len,
+        _tensors.pack_numpy(ends, "ends"),
+    )
+    return ends
+
+
 class Intervals(NamedTuple):
     """What `intervals` takes: ``am.intervals(*am.intervals_from_dense(allowed))``."""
 

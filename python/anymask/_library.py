@@ -23,8 +23,8 @@ _TYPES = {
 _PROTOTYPES = {
     "anymask_plan_bytes": "ppp",
     "anymask_build_plan": "pppqp",
-    "anymask_forward_workspace_bytes": "pp",
-    "anymask_backward_workspace_bytes": "pip",
+    "anymask_forward_workspace_bytes": "ppp",
+    "anymask_backward_workspace_bytes": "ppip",
     "anymask_attention_forward": "p",
     "anymask_attention_backward": "p",
     "anymask_mask_shape": "pppp",
@@ -32,6 +32,7 @@ _PROTOTYPES = {
     "anymask_mask_to_dense": "ppp",
     "anymask_mask_tile_classes": "ppqqp",
     "anymask_intervals_from_dense": "pipp",
+    "anymask_top_keys": "pqqp",
     "anymask_cpu_instruction_sets": "sq",
     "anymask_cpu_instruction_set": "sq",
     "anymask_set_cpu_instruction_set": "s",

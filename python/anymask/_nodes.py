@@ -24,6 +24,7 @@ IDS = 9
 NOT = 100
 AND = 101
 OR = 102
+REORDERED = 103
 
 
 class Node(NamedTuple):
@@ -46,7 +47,7 @@ def nodes_of(spec: Sequence[int], arrays: Sequence[Any]) -> list[Node]:
 
 # ---- repr -------------------------------------------------------------------------------------
 
-_BINDING = {NOT: 4, AND: 3, OR: 1}  # like Python's own operators
+_BINDING = {REORDERED: 5, NOT: 4, AND: 3, OR: 1}  # like Python's own operators
 
 
 def _array_text(array: Any) -> str:
@@ -88,9 +89,12 @@ def text_of(spec: Sequence[int], arrays: Sequence[Any]) -> str:
     """The Python expression that makes the mask, arrays by type and shape."""
     stack: list[tuple[str, int]] = []  # (text, how tightly its outermost operator binds)
     for node in nodes_of(spec, arrays):
-        binding = _BINDING.get(node.kind)
-        if binding is None:
+        binding = _BINDING.get(node.kind, 5)
+        if node.kind < NOT:
             stack.append((_leaf_text(node), 5))
+        elif node.kind == REORDERED:
+            text, inner = stack.pop()
+            stack.append((f"{text if inner == 5 else f'({text})'}.reordered()", 5))
         elif node.kind == NOT:
             text, inner = stack.pop()
             stack.append((f"~{text}" if inner >= binding else f"~({text})", binding))

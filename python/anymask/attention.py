@@ -10,7 +10,7 @@ import numpy as np
 from anymask import _tensors
 from anymask._library import check, library
 from anymask.masks import Mask
-from anymask.plans import Plan, Problem
+from anymask.plans import Plan, Problem, pointer_to
 
 # The end of anymask_forward_args after the mask: plan, plan_bytes, scale, stream, workspace, bytes
 FORWARD_TAIL = struct.Struct("@PqdPPq")
@@ -136,7 +136,7 @@ def _numpy_attention(
         sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
         plan.check(Problem(*sizes, q.dtype.name, "cpu"))
         buffer = np.asarray(plan.buffer)
-        plan_pointer, plan_bytes = buffer.ctypes.data, buffer.size
+        plan_pointer, plan_bytes = pointer_to(buffer) or 0, buffer.size
     packed, _nodes = _tensors.pack_mask(mask.spec, mask.arrays)
     views = (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))
     args = b"".join([_tensors.pack_numpy(array, name) for name, array in views])

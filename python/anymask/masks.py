@@ -63,6 +63,15 @@ class Mask:
         objects, but not ``~``."""
         return Mask((*self.spec, nodes.NOT, 0, 0, 0), self.arrays)
 
+    def reordered(self) -> Mask:
+        """The same mask, with the hint that its keys are scattered token by token (random eviction,
+        dynamic masks).
+
+        The plan then drops keys that nobody sees and brings those with similar first and last rows
+        together, so that more tiles are skipped. Results do not change; it costs a gather of k, v.
+        """
+        return Mask((*self.spec, nodes.REORDERED, 0, 0, 0), self.arrays)
+
     def to(self, device: Any) -> Mask:
         """The same mask with its arrays as torch tensors on `device`."""
         import torch
@@ -311,3 +320,36 @@ def ids(eq: Any, ek: Any) -> Mask:
     eq = eq[None, None] if eq.ndim == 1 else eq
     ek = ek[None, None] if ek.ndim == 1 else ek
     return Mask((nodes.IDS, 0, 0, 2), (eq, ek))
+
+
+def top_keys(scores: Any, keep: int, q_len: int | None = None) -> Mask:
+    """A dynamic mask: each query keeps its `keep` best-scored keys among those before it.
+
+    Causal (bottom-right). Ties go to the lower index, NaN below everything; selected in float32.
+    The selection is a constant: no gradient flows to the scores. Once `keep` better keys exist, a
+    key never comes back, so the whole mask is one integer a key.
+
+    Args:
+        scores: [batch, heads, kv_len], of any floating type, on the CPU; heads is any divisor of
+            the query heads.
+        keep: how many keys a query sees at most.
+        q_len: queries; as many as keys by default.
+
+    >>> am.top_keys(np.array([[[3.0, 1.0, 2.0]]]), keep=1).to_dense()[0, 0].astype(int)
+    array([[1, 0, 0],
+           [1, 0, 0],
+           [1, 0, 0]])
+    """
+    scores = _array(scores, "scores")
+    _dimensions(scores, "scores", "[batch, heads, kv_len]", 3)
+    keep = _integer(keep, "keep")
+    q_len = scores.shape[2] if q_len is None else _integer(q_len, "q_len")
+    if isinstance(scores, np.ndarray):
+        from anymask import _inspection
+
+        ends = _inspection.top_keys(scores, keep, q_len)
+    else:
+        from anymask import torch_op
+
+        ends = torch_op.top_keys(scores, keep, q_len)
+    return intervals(ends, causal=True).reordered()

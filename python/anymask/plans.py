@@ -125,6 +125,11 @@ def aligned_bytes(size: int) -> np.ndarray:
     return memory[start : start + size]
 
 
+def pointer_to(buffer: np.ndarray) -> int | None:
+    """Address of a plan's buffer; null when the plan is empty (NumPy's is anywhere then)."""
+    return buffer.ctypes.data if buffer.size else None
+
+
 def build_numpy(mask: Mask, sizes: tuple[int, ...], dtype_code: int) -> np.ndarray:
     """A CPU plan in NumPy memory."""
     packed, _nodes = _tensors.pack_mask(mask.spec, mask.arrays)
@@ -132,5 +137,5 @@ def build_numpy(mask: Mask, sizes: tuple[int, ...], dtype_code: int) -> np.ndarr
     size = ctypes.c_int64()
     call("anymask_plan_bytes", packed, problem, ctypes.byref(size))
     buffer = aligned_bytes(size.value)
-    call("anymask_build_plan", packed, problem, buffer.ctypes.data, size.value, None)
+    call("anymask_build_plan", packed, problem, pointer_to(buffer), size.value, None)
     return buffer

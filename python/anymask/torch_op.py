@@ -1,15 +1,11 @@
-"""The PyTorch operators anymask::plan, anymask::forward and anymask::backward.
+"""The PyTorch operators anymask::plan, anymask::forward, anymask::backward and anymask::top_keys.
 
 A mask enters as plain data, integers and tensors (see _nodes.py), so that Dynamo, autograd, fake
-tensors and checkpointing treat it like any other argument. Everything here works the same on the
-CPU and on CUDA; memory for plans and scratch comes from torch's allocator.
+tensors and checkpointing treat it like any other argument.
 """
 
 from __future__ import annotations
 
-import ctypes
-import struct
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,22 +14,16 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
 from anymask import _tensors
-from anymask._library import check, library
-from anymask._tensors import pack_torch
-from anymask.attention import FORWARD_TAIL, NAN
+from anymask import _torch_calls as calls
 from anymask.masks import Mask
-from anymask.plans import ALIGNMENT, Plan, Problem, aligned_bytes
+from anymask.plans import Plan, Problem
 
-# The end of anymask_backward_args: as FORWARD_TAIL, then deterministic, reserved
-_BACKWARD_TAIL = struct.Struct("@PqdPPq2i")
 _NAMES = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
     torch.float64: "float64",
 }
-# Stands for the memory of fake tensors where the library looks at shapes only.
-_SOMEWHERE = 4096
 
 _lib = torch.library.Library("anymask", "DEF")
 _tags = (torch.Tag.pt2_compliant_tag,)
@@ -55,205 +45,14 @@ _lib.define(
 )
 
 
-# ---- calling the library ------------------------------------------------------------------------
-
-
-def _place(device: torch.device) -> tuple[int, int]:
-    return (_tensors.CUDA, device.index) if device.type == "cuda" else (_tensors.CPU, 0)
-
-
-def _stream(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 0
-    return torch.cuda.current_stream(device).cuda_stream
-
-
-def _problem(q: Tensor, k: Tensor, v: Tensor) -> bytes:
-    batch, q_len, q_heads, head_dim = q.shape
-    sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
-    return _tensors.pack_problem(sizes, _tensors.torch_code(q.dtype, "q"), *_place(q.device))
-
-
-def _aligned(plan: Tensor) -> Tensor:
-    """The plan, moved if something (a saved-tensor hook, say) gave it other memory."""
-    if plan.data_ptr() % ALIGNMENT == 0:
-        return plan
-    return _aligned_bytes(plan.numel(), plan.device).copy_(plan)
-
-
-def _aligned_bytes(size: int, device: torch.device) -> Tensor:
-    if device.type == "cpu":  # torch's own CPU memory is aligned to 64 bytes only
-        return torch.from_numpy(aligned_bytes(size))
-    return torch.empty(size, dtype=torch.uint8, device=device)
-
-
-def _plan_bytes(mask: bytes, problem: bytes) -> int:
-    size = ctypes.c_int64()
-    check(library().anymask_plan_bytes(mask, problem, ctypes.byref(size)))
-    return size.value
-
-
-def _build(mask: bytes, problem: bytes, device: torch.device) -> Tensor:
-    buffer = _aligned_bytes(_plan_bytes(mask, problem), device)
-    check(
-        library().anymask_build_plan(
-            mask, problem, buffer.data_ptr(), buffer.numel(), _stream(device)
-        )
-    )
-    return buffer
-
-
-def _scratch(problem: bytes, device: torch.device, deterministic: bool | None) -> Tensor:
-    """Scratch memory of a CUDA call: the forward pass for deterministic=None, else backward."""
-    size = ctypes.c_int64()
-    if deterministic is None:
-        check(library().anymask_forward_workspace_bytes(problem, ctypes.byref(size)))
-    else:
-        check(
-            library().anymask_backward_workspace_bytes(
-                problem, int(deterministic), ctypes.byref(size)
-            )
-        )
-    return torch.empty(size.value, dtype=torch.uint8, device=device)
-
-
-def _tail(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: bytes,
-    plan: Tensor | None,
-    scale: float | None,
-    deterministic: bool | None,
-) -> tuple[tuple[Any, ...], Any]:
-    """(plan, plan_bytes, scale, stream, workspace, workspace_bytes), and what must stay alive."""
-    scale = NAN if scale is None else scale
-    if plan is not None:
-        plan = _aligned(plan)
-    if q.device.type != "cuda":
-        if plan is None:
-            return (0, 0, scale, 0, 0, 0), None
-        return (plan.data_ptr(), plan.numel(), scale, 0, 0, 0), plan
-    problem = _problem(q, k, v)
-    plan = _build(mask, problem, q.device) if plan is None else plan
-    work = _scratch(problem, q.device, deterministic)
-    stream = _stream(q.device)
-    values = (plan.data_ptr(), plan.numel(), scale, stream, work.data_ptr(), work.numel())
-    return values, (plan, work)
-
-
-def _four(tensor: Tensor, name: str) -> None:
-    if tensor.dim() != 4:
-        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, 4 dimensions are needed")
-
-
-# ---- the operators ------------------------------------------------------------------------------
-
-
-def _plan(
-    mask_arrays: list[Tensor],
-    mask_spec: Sequence[int],
-    sizes: Sequence[int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Tensor:
-    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
-    code = _tensors.torch_code(dtype, "dtype")
-    return _build(mask, _tensors.pack_problem(sizes, code, *_place(device)), device)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask_arrays: list[Tensor],
-    mask_spec: Sequence[int],
-    plan: Tensor | None,
-    scale: float | None,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _forward_outputs(q, k, v)
-    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
-    tail, _alive = _tail(q, k, v, mask, plan, scale, None)
-    args = b"".join(
-        (
-            pack_torch(q, "q"),
-            pack_torch(k, "k"),
-            pack_torch(v, "v"),
-            pack_torch(out, "out"),
-            pack_torch(lse, "lse"),
-            mask,
-            FORWARD_TAIL.pack(*tail),
-        )
-    )
-    check(library().anymask_attention_forward(args))
-    return out, lse
-
-
-def _forward_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    _four(q, "q")
-    _four(k, "k")
-    _four(v, "v")
-    batch, q_len, q_heads, _ = q.shape
-    out = q.new_empty((batch, q_len, q_heads, v.shape[3]))
-    lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty((batch, q_heads, q_len), dtype=lse_type)
-
-
-def _backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    mask_arrays: list[Tensor],
-    mask_spec: Sequence[int],
-    plan: Tensor | None,
-    scale: float | None,
-    deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _gradients(q, k, v)
-    dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
-    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
-    tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
-    dlse_view = _tensors.NO_TENSOR
-    if dlse is not None:
-        dlse = dlse.contiguous()
-        dlse_view = pack_torch(dlse, "dlse")
-    args = b"".join(
-        (
-            pack_torch(q, "q"),
-            pack_torch(k, "k"),
-            pack_torch(v, "v"),
-            pack_torch(out, "out"),
-            pack_torch(lse, "lse"),
-            pack_torch(dout, "dout"),
-            dlse_view,
-            pack_torch(gradients[0], "dq"),
-            pack_torch(gradients[1], "dk"),
-            pack_torch(gradients[2], "dv"),
-            mask,
-            _BACKWARD_TAIL.pack(*tail, deterministic, 0),
-        )
-    )
-    check(library().anymask_attention_backward(args))
-    return gradients
-
-
-def _gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # empty_like keeps the layout of dense tensors, so that a transposed leaf gets its own back.
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-_lib.impl("plan", _plan, "CompositeExplicitAutograd")
-_lib.impl("forward", _forward, "CompositeExplicitAutograd")
-_lib.impl("backward", _backward, "CompositeExplicitAutograd")
+_lib.define(
+    "top_keys(Tensor scores, SymInt keep, SymInt q_len) -> Tensor",
+    tags=_tags,
+)
+_lib.impl("plan", calls.plan, "CompositeExplicitAutograd")
+_lib.impl("forward", calls.forward, "CompositeExplicitAutograd")
+_lib.impl("backward", calls.backward, "CompositeExplicitAutograd")
+_lib.impl("top_keys", calls.top_keys, "CompositeExplicitAutograd")
 
 
 # ---- fake tensors -------------------------------------------------------------------------------
@@ -265,9 +64,7 @@ def _plan_fake(mask_arrays, mask_spec, sizes, dtype, device):  # type: ignore[no
     for array in mask_arrays:
         integers += [*array.shape, *array.stride()]
     if all(type(n) is int for n in integers):
-        mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays, _SOMEWHERE)
-        code = _tensors.torch_code(dtype, "dtype")
-        size = _plan_bytes(mask, _tensors.pack_problem(sizes, code, *_place(device)))
+        size = calls.plan_bytes(mask_arrays, mask_spec, sizes, dtype, device)
     else:
         size = torch.library.get_ctx().new_dynamic_size()
     return torch.empty(size, dtype=torch.uint8, device=device)
@@ -275,12 +72,17 @@ def _plan_fake(mask_arrays, mask_spec, sizes, dtype, device):  # type: ignore[no
 
 @torch.library.register_fake("anymask::forward", lib=_lib)
 def _forward_fake(q, k, v, mask_arrays, mask_spec, plan, scale, deterministic):  # type: ignore
-    return _forward_outputs(q, k, v)
+    return calls.forward_outputs(q, k, v)
 
 
 @torch.library.register_fake("anymask::backward", lib=_lib)
 def _backward_fake(dout, dlse, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return _gradients(q, k, v)
+    return calls.empty_gradients(q, k, v)
+
+
+@torch.library.register_fake("anymask::top_keys", lib=_lib)
+def _top_keys_fake(scores, keep, q_len):  # type: ignore[no-untyped-def]
+    return scores.new_empty((*scores.shape, 1), dtype=torch.int32)
 
 
 # ---- autograd -----------------------------------------------------------------------------------
@@ -303,7 +105,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, *rest):  # type: ignore[no-untyped-def]
         if _alone(q, k, v):
-            return _forward(q, k, v, *rest)
+            return calls.forward(q, k, v, *rest)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.anymask.forward(q, k, v, *rest)
 
@@ -324,7 +126,7 @@ class _Attention(torch.autograd.Function):
             return (None,) * 8
         gradients = torch.ops.anymask.backward
         if not torch.is_grad_enabled() and _alone(q, k, v):
-            gradients = _backward
+            gradients = calls.backward
         return (
             *gradients(
                 dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
@@ -401,7 +203,22 @@ def _backward_vmap(info, in_dims, *inputs):  # type: ignore[no-untyped-def]
 
 
 def _arrays(mask: Mask) -> list[Tensor]:
-    return [torch.from_numpy(a) if isinstance(a, np.ndarray) else a for a in mask.arrays]
+    return [_tensor(a) if isinstance(a, np.ndarray) else a for a in mask.arrays]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """The same memory as a torch tensor. torch warns about arrays that are read-only; nothing here
+    writes to a mask, so it gets to see them as if they were not."""
+    if torch.compiler.is_compiling() or array.flags.writeable:
+        return torch.from_numpy(array)
+    interface = {**array.__array_interface__, "data": (array.ctypes.data, False)}
+    view = np.asarray(type("View", (), {"__array_interface__": interface, "base": array})())
+    return torch.from_numpy(view)
+
+
+def top_keys(scores: Tensor, keep: int, q_len: int) -> Tensor:
+    """masks.top_keys for torch."""
+    return torch.ops.anymask.top_keys(scores.detach().float(), keep, q_len)
 
 
 def _device_name(device: torch.device) -> str:
@@ -448,7 +265,7 @@ def attention(
                 f"{name}: got {type(tensor).__name__}; q, k and v must all be torch tensors or all "
                 "NumPy arrays"
             )
-        _four(tensor, name)
+        calls.four_dimensions(tensor, name)
     q, k, v = _autocast(q, k, v)
     if q.dtype not in _NAMES:
         raise TypeError(f"q: got {q.dtype}, one of {', '.join(_NAMES.values())} is needed")

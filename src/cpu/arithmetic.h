@@ -1,5 +1,4 @@
-// The register-blocked multiplication that every product of both passes is made of, and the packing
-// of its operands.
+// The register-blocked multiplication that every product of both passes is made of.
 //
 // acc[M][N vectors] += sum over k of a(m, k) * b[k][n]: `a` is read by broadcasts, m * step_m +
 // k * step_k bytes from its begin (bytes: the caller's bf16 rows may be an odd number of elements
@@ -22,9 +21,9 @@ inline constexpr int kUnroll = 2;
 inline constexpr int kVectors = 2;
 
 struct MathF32 {
-  using T = float;       // sums
+  using T = float;  // sums
   using Vec = VecF;
-  using Item = float;    // elements of the operands
+  using Item = float;  // elements of the operands
   using Items = VecF;
   static constexpr int kPair = 1;
   static ANYMASK_INLINE VecF multiply_add(VecF a, VecF b, VecF c) { return a * b + c; }
@@ -61,7 +60,7 @@ template <class Math>
 inline constexpr int kLanesOf = Lanes<typename Math::Vec>::kCount;
 // Rows or keys that are worked on side by side in the lanes of kVectors registers.
 template <class Math>
-inline constexpr int kStrip = kVectors * kLanesOf<Math>;
+inline constexpr int kStrip = kVectors* kLanesOf<Math>;
 
 template <class Math, int M, int N>
 struct Block {
@@ -80,8 +79,7 @@ ANYMASK_INLINE void multiply(Block<Math, M, N>& acc, const void* a_begin, int64_
     for (int n = 0; n < N; ++n) rows[n] = load<Items>(b + u * b_stride + n * kLanesOf<Math>);
     ANYMASK_UNROLL
     for (int m = 0; m < M; ++m) {
-      const Items x =
-          splat<Items>(load_scalar<typename Math::Item>(a + m * step_m + u * step_k));
+      const Items x = splat<Items>(load_scalar<typename Math::Item>(a + m * step_m + u * step_k));
       ANYMASK_UNROLL
       for (int n = 0; n < N; ++n) acc.at[m][n] = Math::multiply_add(x, rows[n], acc.at[m][n]);
     }
@@ -155,102 +153,15 @@ ANYMASK_INLINE void for_blocks_in(int begin, const Body& body) {
   if constexpr (kWhole < kCount) body.template run<kCount - kWhole>(begin + kWhole);
 }
 
-// ---- packing ------------------------------------------------------------------------------------
+inline constexpr double kLog2E = 1.4426950408889634074;
+inline constexpr double kLn2 = 0.69314718055994530942;
 
-ANYMASK_INLINE int round_up(int x, int to) { return (x + to - 1) / to * to; }
-
-// How operands of `In` become items of `Math`: numbers are widened, pairs are taken as they lie.
-template <class Math, class In>
-ANYMASK_INLINE typename Math::Items load_items(const typename In::Raw* from, int count) {
-  if constexpr (Math::kPair == 2) {
-    constexpr int kLanes = kLanesOf<Math>;
-    return count >= kLanes ? load<typename Math::Items>(from)
-                           : load_first<typename Math::Items>(from, count);
-  } else {
-    return load_as<In>(from, count);
-  }
-}
-
-template <class Math>
-ANYMASK_INLINE typename Math::Items negated(typename Math::Items x) {
-  if constexpr (Math::kPair == 2) {
-    return x ^ 0x80008000u;
-  } else {
-    return -x;
-  }
-}
-
-// Rows of items to strips of columns: to[strip][item][row in strip]; rows that do not exist are 0.
-// `items` per row: head_dim / kPair. `flip`: changes the sign.
-template <class Math, class In>
-inline void pack_transposed(const typename In::Raw* from, int64_t stride, int rows, int strips,
-                            int items, bool flip, typename Math::Item* to) {
-  using Items = typename Math::Items;
-  constexpr int kLanes = kLanesOf<Math>;
-  for (int first = 0; first < strips * kStrip<Math>; first += kLanes) {
-    typename Math::Item* strip = to +
-        static_cast<int64_t>(first / kStrip<Math>) * items * kStrip<Math> + first % kStrip<Math>;
-    for (int item = 0; item < items; item += kLanes) {
-      const int count = items - item < kLanes ? items - item : kLanes;
-      Items square[kLanes];
-      ANYMASK_UNROLL
-      for (int r = 0; r < kLanes; ++r) {
-        square[r] = Items{};
-        if (first + r < rows) {
-          square[r] = load_items<Math, In>(from + (first + r) * stride + item * Math::kPair, count);
-        }
-      }
-      transpose(square);
-      for (int i = 0; i < count; ++i) {
-        store(strip + static_cast<int64_t>(item + i) * kStrip<Math>,
-              flip ? negated<Math>(square[i]) : square[i]);
-      }
-    }
-  }
-}
-
-// Rows of items as they are: to[row][item], zeros from `rows` up to `padded_rows` and from
-// head_dim / kPair up to a whole vector.
-template <class Math, class In>
-inline void pack_rows(const typename In::Raw* from, int64_t stride, int rows, int padded_rows,
-                      int items, typename Math::Item* to, int64_t to_stride) {
-  using Items = typename Math::Items;
-  constexpr int kLanes = kLanesOf<Math>;
-  for (int r = 0; r < padded_rows; ++r) {
-    for (int item = 0; item < items; item += kLanes) {
-      const int count = items - item < kLanes ? items - item : kLanes;
-      store(to + r * to_stride + item,
-            r < rows ? load_items<Math, In>(from + r * stride + item * Math::kPair, count)
-                     : Items{});
-    }
-  }
-}
-
-// Rows as the right operand of a product that sums over rows: numbers as in pack_rows, bf16 as
-// pairs of neighbouring rows, to[row / 2][column]. `padded_rows` is even where pairs are made.
-template <class Math, class In>
-inline void pack_depth(const typename In::Raw* from, int64_t stride, int rows, int padded_rows,
-                       int columns, typename Math::Item* to, int64_t to_stride) {
-  if constexpr (Math::kPair == 1) {
-    pack_rows<Math, In>(from, stride, rows, padded_rows, columns, to, to_stride);
-  } else {
-    constexpr int kLanes = kLanesOf<Math>;
-    const auto row = [&](int r, int column, int count) {
-      VecU16 x{};
-      if (r < rows) {
-        const typename In::Raw* at = from + r * stride + column;
-        x = count >= kLanes ? load<VecU16>(at) : load_first<VecU16>(at, count);
-      }
-      return __builtin_convertvector(x, VecU32);
-    };
-    for (int r = 0; r < padded_rows; r += 2) {
-      for (int column = 0; column < columns; column += kLanes) {
-        const int count = columns - column < kLanes ? columns - column : kLanes;
-        store(to + (r / 2) * to_stride + column,
-              row(r, column, count) | (row(r + 1, column, count) << 16));
-      }
-    }
-  }
+// exp2's factor. A negative scale changes the sign of Q or K instead, so that a row's largest raw
+// score is always its largest score; zero becomes tiny, so that -inf * factor stays -inf.
+template <class T>
+ANYMASK_INLINE T exponent_factor(double scale) {
+  const double factor = (scale < 0 ? -scale : scale) * kLog2E;
+  return static_cast<T>(factor < 1e-37 ? 1e-37 : factor);
 }
 
 }  // namespace anymask::cpu::ANYMASK_ISA

@@ -20,8 +20,6 @@
 namespace anymask::cpu {
 namespace {
 
-size_t line_up(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
-
 // dq is summed in float. fp32 and fp64 sum in the caller's dq; bf16 and fp16 in this much memory at
 // most (or two key-value heads' worth, if that is more), handed from head to head.
 constexpr int64_t kSumBytes = int64_t{64} << 20;
@@ -72,6 +70,7 @@ class Backward {
   const int64_t sum_size_;  // bytes of a sum's element
   bool own_sums_ = false;   // 16-bit types: dq is summed in sums_
   int64_t slots_ = 1;       // key-value heads whose sums fit into sums_
+  const int team_ = threads();
   Memory sums_, delta_, scratch_;
   size_t kernel_bytes_ = 0, k_bytes_ = 0, v_bytes_ = 0, thread_bytes_ = 0;
   std::vector<std::atomic<int32_t>> turns_;
@@ -97,12 +96,12 @@ Backward::Backward(const BackwardCall& call)
       turns_(static_cast<size_t>(batch_ * q_heads_ * row_tiles_)) {
   delta_ = allocate(static_cast<size_t>(batch_ * q_heads_ * q_len_ * sum_size_));
   kernel_bytes_ =
-      line_up(kernel_.scratch_bytes(static_cast<int>(tile_rows_), static_cast<int>(tile_keys_),
+      page_up(kernel_.scratch_bytes(static_cast<int>(tile_rows_), static_cast<int>(tile_keys_),
                                     static_cast<int>(head_dim_), static_cast<int>(v_head_dim_)));
-  k_bytes_ = line_up(gathered_bytes(call.k, tile_keys_));
-  v_bytes_ = line_up(gathered_bytes(call.v, tile_keys_));
+  k_bytes_ = page_up(gathered_bytes(call.k, tile_keys_));
+  v_bytes_ = page_up(gathered_bytes(call.v, tile_keys_));
   thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_;
-  scratch_ = allocate(thread_bytes_ * static_cast<size_t>(threads()));
+  scratch_ = allocate(thread_bytes_ * static_cast<size_t>(team_));
   if (own_sums_) {
     const int64_t slot = std::max<int64_t>(1, group_ * q_len_ * head_dim_ * 4);
     const int64_t heads = std::max<int64_t>(1, batch_ * kv_heads_);
@@ -113,8 +112,9 @@ Backward::Backward(const BackwardCall& call)
 
 void Backward::run() {
   parallel_for(batch_ * q_heads_ * row_tiles_, [&](int64_t task, int) { start_rows(task); });
-  parallel_for(batch_ * kv_heads_ * key_tiles_,
-               [&](int64_t task, int thread) { key_tile(task, thread); });
+  parallel_for(
+      batch_ * kv_heads_ * key_tiles_, [&](int64_t task, int thread) { key_tile(task, thread); },
+      team_);
 }
 
 // delta of a row tile, and dq = 0 where it sees no key tile.

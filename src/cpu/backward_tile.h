@@ -6,7 +6,9 @@
 // way. The unit that a mask skips is a group of 32 rows x a strip of keys.
 #pragma once
 
-#include "cpu/forward_tile.h"
+#include "cpu/kernels.h"
+#include "cpu/packing.h"
+#include "cpu/rows.h"
 
 namespace anymask::cpu::ANYMASK_ISA {
 
@@ -23,17 +25,17 @@ struct BackwardScratch {
   T* dk;            // [key][d]
   T* dv;
   // Once per row tile.
-  Item* q;           // Q as S's left operand [row][item]
+  Item* q;  // Q as S's left operand [row][item]
   Item* dout;
-  Item* q_depth;     // Q as dK's right operand [row / pair][d]; without pairs the same as q
+  Item* q_depth;  // Q as dK's right operand [row / pair][d]; without pairs the same as q
   Item* dout_depth;
-  Item* p;           // [strip][row / pair][key]
-  Item* ds;          // the same
-  Item* ds_rows;     // dQ's left operand [strip][row][key / pair]; without pairs the same as ds
-  T* dq;             // [row][d]
-  T* shift;          // lse * log2(e), +inf for rows that see nothing
+  Item* p;        // [strip][row / pair][key]
+  Item* ds;       // the same
+  Item* ds_rows;  // dQ's left operand [strip][row][key / pair]; without pairs the same as ds
+  T* dq;          // [row][d]
+  T* shift;       // lse * log2(e), +inf for rows that see nothing
   T* delta;
-  T* p_block;        // P of kBlock rows, not rounded
+  T* p_block;  // P of kBlock rows, not rounded
 
   int strips, rows, q_items, v_items, q_stride, v_stride, dq_stride, dv_stride;
   size_t bytes;
@@ -102,8 +104,7 @@ struct Probabilities {
       for (int m = 0; m < M; m += 2) {
         ANYMASK_UNROLL
         for (int n = 0; n < kVectors; ++n) {
-          store(to + strip_at / 2 + static_cast<int64_t>((row + m) / 2) * kStrip<Math> +
-                    n * kLanes,
+          store(to + strip_at / 2 + static_cast<int64_t>((row + m) / 2) * kStrip<Math> + n * kLanes,
                 pairs_of(block.at[m][n], block.at[m + 1][n]));
         }
         if (to_rows != nullptr) {
@@ -258,8 +259,7 @@ ANYMASK_INLINE void for_columns(int columns, const Wide& wide, const Single& sin
 template <class Math>
 inline void add_transposed(const BackwardScratch<Math>& scratch, const Units& units,
                            const typename Math::Item* p, const typename Math::Item* b,
-                           int64_t b_stride, int columns, typename Math::T* to,
-                           int64_t to_stride) {
+                           int64_t b_stride, int columns, typename Math::T* to, int64_t to_stride) {
   for (int strip = 0; strip < units.strips; ++strip) {
     const auto* strip_p =
         p + static_cast<int64_t>(strip) * (scratch.rows / Math::kPair) * kStrip<Math>;
@@ -267,14 +267,13 @@ inline void add_transposed(const BackwardScratch<Math>& scratch, const Units& un
     for_columns<Math>(
         columns,
         [&](int n) {
-          for_blocks_in<kStrip<Math>>(0,
-                     AddTransposed<Math, kVectors>{units, strip, strip_p, b + n, b_stride,
-                                                   strip_to + n, to_stride});
+          for_blocks_in<kStrip<Math>>(
+              0, AddTransposed<Math, kVectors>{units, strip, strip_p, b + n, b_stride, strip_to + n,
+                                               to_stride});
         },
         [&](int n) {
-          for_blocks_in<kStrip<Math>>(0,
-                     AddTransposed<Math, 1>{units, strip, strip_p, b + n, b_stride, strip_to + n,
-                                            to_stride});
+          for_blocks_in<kStrip<Math>>(0, AddTransposed<Math, 1>{units, strip, strip_p, b + n,
+                                                                b_stride, strip_to + n, to_stride});
         });
   }
 }
@@ -338,13 +337,13 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
     for (int g = 0; g < units.groups; ++g) {
       const int begin = g * kGroupRows;
       if (units.state[g][s] == 1) {
-        for_blocks_in<kGroupRows>(begin,
-                   Probabilities<Math, false>{scratch, s, factor, scale, nullptr, next_q, next_dout,
-                                              dq});
+        for_blocks_in<kGroupRows>(
+            begin,
+            Probabilities<Math, false>{scratch, s, factor, scale, nullptr, next_q, next_dout, dq});
       } else if (units.state[g][s] == 2) {
         const uint32_t* words = tile.words.data + g * tile.words.stride + s * kStrip<Math>;
-        for_blocks_in<kGroupRows>(begin,
-                   Probabilities<Math, true>{scratch, s, factor, scale, words, next_q, next_dout, dq});
+        for_blocks_in<kGroupRows>(begin, Probabilities<Math, true>{scratch, s, factor, scale, words,
+                                                                   next_q, next_dout, dq});
       }
     }
   }
@@ -360,25 +359,17 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
   for_columns<Math>(
       job.head_dim,
       [&](int n) {
-        const MakeDq<Math, kVectors> body{units,
-                                          scratch.ds_rows,
-                                          ds_strip,
-                                          scratch.k_depth + n,
-                                          scratch.dq_stride,
-                                          scratch.dq + n,
-                                          scratch.dq_stride};
+        const MakeDq<Math, kVectors> body{
+            units,          scratch.ds_rows,  ds_strip, scratch.k_depth + n, scratch.dq_stride,
+            scratch.dq + n, scratch.dq_stride};
         for (int g = 0; g < units.groups; ++g) {
           for_blocks_in<kGroupRows>(g * kGroupRows, body);
         }
       },
       [&](int n) {
-        const MakeDq<Math, 1> body{units,
-                                   scratch.ds_rows,
-                                   ds_strip,
-                                   scratch.k_depth + n,
-                                   scratch.dq_stride,
-                                   scratch.dq + n,
-                                   scratch.dq_stride};
+        const MakeDq<Math, 1> body{
+            units,          scratch.ds_rows,  ds_strip, scratch.k_depth + n, scratch.dq_stride,
+            scratch.dq + n, scratch.dq_stride};
         for (int g = 0; g < units.groups; ++g) {
           for_blocks_in<kGroupRows>(g * kGroupRows, body);
         }
@@ -407,21 +398,6 @@ void add_dq(const BackwardJob& job, int rows, bool first, RowsOut sum) {
   }
 }
 
-template <class In, class T>
-ANYMASK_INLINE void round_rows(const T* from, int64_t from_stride, int rows, int columns,
-                               RowsOut out) {
-  using Vec = typename In::Vec;
-  constexpr int kLanes = Lanes<Vec>::kCount;
-  for (int r = 0; r < rows; ++r) {
-    auto* to = static_cast<typename In::Raw*>(out.data) + r * out.stride;
-    for (int d = 0; d < columns; d += kLanes) {
-      const int count = columns - d < kLanes ? columns - d : kLanes;
-      const T* at = from + r * from_stride + d;
-      store_as<In>(to + d, count == kLanes ? load<Vec>(at) : load_first<Vec>(at, count), count);
-    }
-  }
-}
-
 template <class Math, class In>
 void round_dq(RowsIn sum, int rows, int head_dim, RowsOut dq) {
   round_rows<In>(static_cast<const typename Math::T*>(sum.data), sum.stride, rows, head_dim, dq);
@@ -434,26 +410,6 @@ void backward_end(const BackwardJob& job, RowsOut dk, RowsOut dv) {
   round_rows<In>(scratch.dv, scratch.dv_stride, job.keys, job.v_head_dim, dv);
 }
 
-template <class In>
-void row_delta(RowsIn dout, RowsIn out, const void* dlse, int rows, int v_head_dim, void* delta) {
-  using Vec = typename In::Vec;
-  using T = typename Lanes<Vec>::T;
-  constexpr int kLanes = Lanes<Vec>::kCount;
-  for (int r = 0; r < rows; ++r) {
-    const auto* a = static_cast<const typename In::Raw*>(dout.data) + r * dout.stride;
-    const auto* b = static_cast<const typename In::Raw*>(out.data) + r * out.stride;
-    Vec sums{};
-    for (int d = 0; d < v_head_dim; d += kLanes) {
-      const int count = v_head_dim - d < kLanes ? v_head_dim - d : kLanes;
-      sums += load_as<In>(a + d, count) * load_as<In>(b + d, count);
-    }
-    T total{};
-    for (int i = 0; i < kLanes; ++i) total += sums[i];
-    static_cast<T*>(delta)[r] =
-        dlse == nullptr ? total : total - static_cast<const T*>(dlse)[r];
-  }
-}
-
 template <class Math>
 size_t backward_scratch_bytes(int tile_rows, int tile_keys, int head_dim, int v_head_dim) {
   return BackwardScratch<Math>(nullptr, tile_rows, tile_keys, head_dim, v_head_dim).bytes;
@@ -461,8 +417,12 @@ size_t backward_scratch_bytes(int tile_rows, int tile_keys, int head_dim, int v_
 
 template <class Math, class In>
 constexpr BackwardKernel backward_kernel() {
-  return {backward_scratch_bytes<Math>, backward_begin<Math, In>, backward_tile<Math, In>,
-          add_dq<Math>,                 backward_end<Math, In>,   round_dq<Math, In>,
+  return {backward_scratch_bytes<Math>,
+          backward_begin<Math, In>,
+          backward_tile<Math, In>,
+          add_dq<Math>,
+          backward_end<Math, In>,
+          round_dq<Math, In>,
           row_delta<In>};
 }
 

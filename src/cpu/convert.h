@@ -19,8 +19,7 @@ ANYMASK_INLINE VecU16 bf16_from_float(VecF x) {
 #if defined(__AVX512F__)
 ANYMASK_INLINE VecF float_from_f16(VecU16 x) { return _mm512_cvtph_ps(bit_cast<__m256i>(x)); }
 ANYMASK_INLINE VecU16 f16_from_float(VecF x) {
-  return bit_cast<VecU16>(
-      _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return bit_cast<VecU16>(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 #elif defined(__F16C__)
 ANYMASK_INLINE VecF float_from_f16(VecU16 x) { return _mm256_cvtph_ps(bit_cast<__m128i>(x)); }

@@ -1,7 +1,7 @@
 // Which kernels run: chosen by cpuid, or by name for tests and benchmarks.
+#include <cpuid.h>
 #include <atomic>
 #include <chrono>
-#include <cpuid.h>
 #include <cstdlib>
 #include <string>
 #include <vector>

@@ -7,28 +7,10 @@
 // stay in L1 while keys stream past from L2.
 #pragma once
 
-#include "cpu/arithmetic.h"
 #include "cpu/kernels.h"
+#include "cpu/packing.h"
 
 namespace anymask::cpu::ANYMASK_ISA {
-
-// Hands out 64-byte aligned pieces of scratch memory.
-struct Arena {
-  char* at;
-  template <class T>
-  ANYMASK_INLINE T* take(int64_t count) {
-    T* piece = reinterpret_cast<T*>(at);
-    at += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return piece;
-  }
-};
-
-// Row stride of packed operands: whole vectors, and one line more, so that rows of 2^n bytes do
-// not all fall into the same cache sets.
-template <class Math>
-ANYMASK_INLINE int padded(int items) {
-  return round_up(items, kLanesOf<Math>) + 64 / static_cast<int>(sizeof(typename Math::Item));
-}
 
 template <class Math>
 struct ForwardScratch {
@@ -60,39 +42,6 @@ struct ForwardScratch {
     k = arena.take<Item>(static_cast<int64_t>(tile_keys) * k_stride);
     v = arena.take<Item>(static_cast<int64_t>(tile_keys / Math::kPair + 1) * v_stride);
     bytes = static_cast<size_t>(arena.at - static_cast<char*>(scratch));
-  }
-};
-
-inline constexpr double kLog2E = 1.4426950408889634074;
-inline constexpr double kLn2 = 0.69314718055994530942;
-
-// exp2's factor. A negative scale changes the sign of Q or K instead, so that a row's largest raw
-// score is always its largest score; zero becomes tiny, so that -inf * factor stays -inf.
-template <class T>
-ANYMASK_INLINE T exponent_factor(double scale) {
-  const double factor = (scale < 0 ? -scale : scale) * kLog2E;
-  return static_cast<T>(factor < 1e-37 ? 1e-37 : factor);
-}
-
-// Fetches part of a tile's rows: in [batch, length, heads, dim] tensors rows lie in pages of their
-// own, where the hardware's prefetchers do not look (without this, 80% of peak instead of 87%).
-struct Ahead {
-  const char* data;  // nullptr: nothing to fetch
-  int64_t step;
-  int64_t bytes;  // of each row
-
-  // Share `part` of `parts` of every row.
-  static ANYMASK_INLINE Ahead share(const void* rows, int64_t stride, int row_items, int64_t size,
-                                    int part, int parts) {
-    if (rows == nullptr) return {};
-    const int64_t bytes = (row_items * size / parts + 63) / 64 * 64;
-    return {static_cast<const char*>(rows) + part * bytes, stride * size, bytes};
-  }
-  ANYMASK_INLINE void fetch(int row, int count) const {
-    if (data == nullptr) return;
-    for (int i = row; i < row + count; ++i) {
-      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(data + i * step + at, 0, 2);
-    }
   }
 };
 
@@ -171,8 +120,7 @@ ANYMASK_INLINE void exponentiate(typename Math::T* scores, int keys, typename Ma
   using Vec = typename Math::Vec;
   const Vec scale = splat<Vec>(factor);
   const auto weight = [&](int key, int n) {
-    const Vec s = load<Vec>(scores + static_cast<int64_t>(key) * kStrip<Math> +
-                            n * kLanesOf<Math>);
+    const Vec s = load<Vec>(scores + static_cast<int64_t>(key) * kStrip<Math> + n * kLanesOf<Math>);
     const Vec p = exp2_of(s * scale - shift[n]);
     sum[n] += p;
     return p;
@@ -254,13 +202,12 @@ inline void strip_step(const ForwardScratch<Math>& scratch, const ForwardJob& jo
   exponentiate<Math, N>(scratch.scores, keys, factor, shift, sum);
   for (int n = 0; n < N; ++n) store(sum_at + n * kLanes, sum[n]);
 
-  const AddValues<Math, N> values{
-      range.v + range.begin / Math::kPair * range.v_step,
-      range.v_step,
-      reinterpret_cast<const typename Math::Item*>(scratch.scores),
-      (keys + Math::kPair - 1) / Math::kPair,
-      scratch.out + static_cast<int64_t>(first_row) * job.v_head_dim,
-      keep};
+  const AddValues<Math, N> values{range.v + range.begin / Math::kPair * range.v_step,
+                                  range.v_step,
+                                  reinterpret_cast<const typename Math::Item*>(scratch.scores),
+                                  (keys + Math::kPair - 1) / Math::kPair,
+                                  scratch.out + static_cast<int64_t>(first_row) * job.v_head_dim,
+                                  keep};
   for_blocks(0, job.v_head_dim, values);
 }
 
@@ -330,8 +277,10 @@ void forward_tile(const ForwardJob& job, const KeyTile& tile) {
     if (begin[strip] >= end[strip]) continue;
     range.begin = begin[strip];
     range.end = end[strip];
-    range.next_k = Ahead::share(tile.next_k, tile.k.stride, job.head_dim, sizeof(Raw), strip, strips);
-    range.next_v = Ahead::share(tile.next_v, tile.v.stride, job.v_head_dim, sizeof(Raw), strip, strips);
+    range.next_k =
+        Ahead::share(tile.next_k, tile.k.stride, job.head_dim, sizeof(Raw), strip, strips);
+    range.next_v =
+        Ahead::share(tile.next_v, tile.v.stride, job.v_head_dim, sizeof(Raw), strip, strips);
     // Few rows, as in decoding: one register of lanes is enough.
     const bool narrow = job.rows - strip * kStrip<Math> <= kLanesOf<Math>;
     const bool masked = tile.words.data != nullptr;
@@ -386,12 +335,13 @@ void forward_end(const ForwardJob& job, RowsOut out, void* lse) {
       Vec square[kLanes];
       ANYMASK_UNROLL
       for (int i = 0; i < kLanes; ++i) {
-        square[i] = i < count ? load<Vec>(from + static_cast<int64_t>(d + i) * kStrip<Math>) *
-                                    inverse
-                              : Vec{};
+        square[i] = i < count
+                        ? load<Vec>(from + static_cast<int64_t>(d + i) * kStrip<Math>) * inverse
+                        : Vec{};
       }
       transpose(square);
-      for (int r = 0; r < rows; ++r) store_as<In>(to + (first + r) * out.stride + d, square[r], count);
+      for (int r = 0; r < rows; ++r)
+        store_as<In>(to + (first + r) * out.stride + d, square[r], count);
     }
     for (int r = 0; r < rows; ++r) {
       const T total = scratch.sum[first + r];

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/backward_tile.h"
+#include "cpu/forward_tile.h"
 
 namespace anymask::cpu::ANYMASK_ISA {
 

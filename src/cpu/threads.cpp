@@ -167,9 +167,9 @@ int threads() {
   return fallback;
 }
 
-void parallel_for(int64_t count, const Task& task) {
+void parallel_for(int64_t count, const Task& task, int team) {
   if (count <= 0) return;
-  const int wanted = threads();
+  const int wanted = team > 0 ? team : threads();
   if (inside_task || wanted == 1 || count == 1) {
     const bool outer = !inside_task;
     inside_task = true;

@@ -13,7 +13,9 @@ int threads();
 // Calls task(index, thread) for 0 <= index < count, each index once, on all threads; indices are
 // handed out in increasing order. Returns when all are done; the first exception is rethrown here.
 // Calls from several threads at once run one after the other; a call from inside a task runs
-// serially.
-void parallel_for(int64_t count, const std::function<void(int64_t index, int thread)>& task);
+// serially. `team`: the number of threads, for callers that have reserved memory for each of them;
+// 0: threads(), which another thread may change at any time.
+void parallel_for(int64_t count, const std::function<void(int64_t index, int thread)>& task,
+                  int team = 0);
 
 }  // namespace anymask::cpu

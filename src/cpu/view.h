@@ -14,10 +14,14 @@ namespace anymask::cpu {
 
 inline Element element_of(DType dtype) {
   switch (dtype) {
-    case DType::f16: return Element::f16;
-    case DType::bf16: return Element::bf16;
-    case DType::f64: return Element::f64;
-    default: return Element::f32;
+    case DType::f16:
+      return Element::f16;
+    case DType::bf16:
+      return Element::bf16;
+    case DType::f64:
+      return Element::f64;
+    default:
+      return Element::f32;
   }
 }
 
@@ -54,8 +58,8 @@ inline const uint32_t* bits_of(const uint32_t* bitmap, const plan::TileMap& map,
   return bitmap + (place * map.outer_tiles + outer) * map.words;
 }
 
-// Calls body(inner tile, whether it needs its bits, the visible tile after it or -1) for the visible
-// tiles, in order.
+// Calls body(inner tile, whether it needs its bits, the visible tile after it or -1) for the
+// visible tiles, in order.
 template <class Body>
 void for_visible(const plan::TileMap& map, int64_t place, int64_t outer, const Body& body) {
   const uint32_t* visible = bits_of(map.visible, map, place, outer);
@@ -73,6 +77,9 @@ void for_visible(const plan::TileMap& map, int64_t place, int64_t outer, const B
   }
   if (current >= 0) body(current, current_some, int64_t{-1});
 }
+
+// Sizes of neighbouring pieces of memory: whole pages, so that threads share no cache line.
+inline size_t page_up(size_t bytes) { return (bytes + 4095) / 4096 * 4096; }
 
 // Uninitialised memory on a cache line.
 struct FreeMemory {

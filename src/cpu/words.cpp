@@ -46,8 +46,7 @@ void ids_words(const Node& node, Place place, Keys keys, int first_row, int q_le
     rows_of[known] |= 1u << r;
   }
   each_key(keys, words, [&](int key) {
-    const int64_t wanted =
-        rules::load_integer(node.columns, place, key * node.columns.row_stride);
+    const int64_t wanted = rules::load_integer(node.columns, place, key * node.columns.row_stride);
     uint32_t word = open;
     for (int i = 0; i < different; ++i) word |= ids[i] == wanted ? rows_of[i] : 0u;
     return word;

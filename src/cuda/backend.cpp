@@ -2,10 +2,14 @@
 
 #include <string>
 
+#include "anymask/cuda.hpp"
 #include "anymask/error.hpp"
+#include "cuda/cache.h"
+#include "cuda/compiler.h"
 #include "cuda/forward.h"
 #include "cuda/move_keys.h"
 #include "cuda/plan.h"
+#include "cuda/report.h"
 
 namespace anymask::cuda {
 namespace {
@@ -95,3 +99,12 @@ void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& 
 }
 
 }  // namespace anymask::cuda
+
+namespace anymask {
+
+std::string cuda_report() { return cuda::report_json(); }
+int warm_up_cuda(int capability) { return cuda::warm_up(capability); }
+void add_cuda_library_folder(const std::string& folder) { cuda::add_library_folder(folder); }
+void set_cuda_package_cache(const std::string& folder) { cuda::set_package_cache(folder); }
+
+}  // namespace anymask

@@ -34,8 +34,8 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
   c.depth = depth;
   c.value_depth = value_depth;
   c.mask_path = static_cast<int32_t>(masks);
-  c.tiles = 1;
-  c.stages = 2;
+  c.k_stages = 2;
+  c.v_stages = 2;
   c.bit_slots = 3;
   c.pieces = 2;
   if (value_depth <= 128 && depth <= 192) {
@@ -47,11 +47,12 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
       c.pieces = 3;
     } else if (depth == 64 && value_depth == 64) {
       c.columns = 192;
-      c.stages = 3;
+      c.k_stages = 3;
+      c.v_stages = 3;
       c.pieces = 3;
     } else {
       c.columns = 128;
-      c.tiles = 2;
+      c.v_stages = 3;
     }
   } else {
     c.warpgroups = 2;
@@ -64,10 +65,15 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
   return c;
 }
 
-MaskPath mask_path(const RunRecipe& recipe) {
-  if (recipe.ids >= 0) return MaskPath::kRecipe;
-  if (recipe.usable == 0) return MaskPath::kMachine;
-  return recipe.bits < 0 ? MaskPath::kRuns : MaskPath::kRecipe;
+MaskPath mask_path(const rules::Program& program, const RunRecipe& recipe) {
+  using rules::IntervalForm;
+  if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
+  bool one_run = recipe.bits < 0 && recipe.ids < 0;
+  if (recipe.intervals >= 0) {
+    const auto form = static_cast<IntervalForm>(program.nodes[recipe.intervals].flag);
+    one_run = one_run && (form == IntervalForm::kFrom || form == IntervalForm::kOutside);
+  }
+  return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
 }
 
 constexpr int kDepths[] = {64, 128, 192, 256};
@@ -90,15 +96,15 @@ static_assert(variants_fit());
 KernelConfig kernel_config(const ForwardConfig& c) {
   KernelConfig config;
   config.family = &kForward;
-  config.values = {c.half,  c.depth,     c.value_depth, c.warpgroups, c.columns,
-                   c.tiles, c.stages,    c.bit_slots,   c.overlap,    c.turns,
-                   c.pieces, c.mask_path,  c.math_registers, c.load_registers};
-  config.count = 14;
+  config.values = {c.half,      c.depth,     c.value_depth,    c.warpgroups,    c.columns,
+                   c.k_stages,  c.v_stages,  c.bit_slots,      c.overlap,       c.pieces,
+                   c.mask_path, c.math_registers, c.load_registers};
+  config.count = 13;
   config.threads = c.threads();
   config.shared_bytes = c.shared_bytes();
   return config;
 }
-static_assert(sizeof(ForwardConfig) == 14 * sizeof(int32_t));
+static_assert(sizeof(ForwardConfig) == 13 * sizeof(int32_t));
 
 // ---- parameters ------------------------------------------------------------------------------------
 
@@ -147,7 +153,7 @@ void check_layout(const Tensor& tensor, const char* name) {
 
 plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
   const ForwardConfig c = variant(padded(head_dim), padded(v_head_dim), false, MaskPath::kRuns);
-  return {c.rows(), c.tile_columns()};
+  return {c.rows(), c.columns};
 }
 
 const char* forward_layout_problem(const Tensor& tensor) {
@@ -180,7 +186,7 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
   const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-                                       mask_path(params.recipe));
+                                       mask_path(*call.program, params.recipe));
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
@@ -188,8 +194,8 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   if (problem.kv_len > 0) {
     check_layout(call.k, "k");
     check_layout(call.v, "v");
-    params.k = tensor_map(call.k, config.tile_columns());
-    params.v = tensor_map(call.v, config.tile_columns());
+    params.k = tensor_map(call.k, config.columns);
+    params.v = tensor_map(call.v, config.columns);
   }
   params.out = call.out.data;
   params.out_batch_stride = call.out.stride[0];

@@ -101,4 +101,8 @@ std::vector<KernelConfig> registered_kernels();
 // exception that one of them threw, if any.
 void for_each_kernel(const std::function<void(const KernelConfig&)>& action);
 
+// Compiles those of them that `capability` runs into the user cache, unless they are in a cache
+// already; returns how many there are. Needs no GPU.
+int warm_up(int capability);
+
 }  // namespace anymask::cuda

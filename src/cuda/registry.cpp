@@ -42,4 +42,15 @@ void for_each_kernel(const std::function<void(const KernelConfig&)>& action) {
   if (failure) std::rethrow_exception(failure);
 }
 
+int warm_up(int capability) {
+  std::atomic<int> count{0};
+  for_each_kernel([&](const KernelConfig& config) {
+    const int wanted = config.family->capability;
+    if (wanted != 0 && wanted != capability) return;
+    kernel_code(config, capability);
+    ++count;
+  });
+  return count;
+}
+
 }  // namespace anymask::cuda

@@ -93,8 +93,8 @@ class Storage {
     each([&](int64_t at, size_t i) { store_as(view_.dtype, view_.data, at, values[i]); });
   }
   Values get() const {
-    Values values(static_cast<size_t>(view_.shape[0] * view_.shape[1] * view_.shape[2] *
-                                      view_.shape[3]));
+    Values values(
+        static_cast<size_t>(view_.shape[0] * view_.shape[1] * view_.shape[2] * view_.shape[3]));
     each([&](int64_t at, size_t i) { values[i] = load_as(view_.dtype, view_.data, at); });
     return values;
   }
@@ -147,9 +147,7 @@ struct Call {
     g.scale = scale;
     attention_backward(g);
   }
-  Results results() const {
-    return {out.get(), lse.get(), dq.get(), dk.get(), dv.get()};
-  }
+  Results results() const { return {out.get(), lse.get(), dq.get(), dk.get(), dv.get()}; }
 
  private:
   static DType sum_type(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
@@ -189,9 +187,9 @@ void expect_close(const char* name, const Values& got, const Values& exact, cons
 void check(const Shape& s, DType dtype, const std::string& mask_kind, bool odd, double scale,
            std::mt19937& random) {
   SCOPED_TRACE(::testing::Message()
-               << "batch " << s.batch << " q_len " << s.q_len << " kv_len " << s.kv_len
-               << " heads " << s.q_heads << "/" << s.kv_heads << " dims " << s.head_dim << "/"
-               << s.v_head_dim << (odd ? " odd strides" : "") << " scale " << scale);
+               << "batch " << s.batch << " q_len " << s.q_len << " kv_len " << s.kv_len << " heads "
+               << s.q_heads << "/" << s.kv_heads << " dims " << s.head_dim << "/" << s.v_head_dim
+               << (odd ? " odd strides" : "") << " scale " << scale);
   const Inputs in = draw_inputs(s, dtype, random);
   const auto mask = make_mask(mask_kind, s, random);
   Call run(s, dtype, odd, in);
@@ -199,8 +197,7 @@ void check(const Shape& s, DType dtype, const std::string& mask_kind, bool odd, 
   const Results got = run.results();
   const Results exact = attention<double>(s, in, mask->visible, scale, DType::f64);
   const bool wide = dtype == DType::f64;
-  const Results naive =
-      wide ? exact : attention<float>(s, in, mask->visible, scale, dtype);
+  const Results naive = wide ? exact : attention<float>(s, in, mask->visible, scale, dtype);
   const DType lse_type = wide ? DType::f64 : DType::f32;
   const double floor = wide ? 1e-11 : 1e-5;
   const double times = s.batch * s.q_heads * s.q_len < 1000 ? 4 : 2;
@@ -271,7 +268,9 @@ INSTANTIATE_TEST_SUITE_P(All, CpuAttention,
 
 // ---- the same bits, whatever the threads do -----------------------------------------------------
 
-std::string name_of_type(const ::testing::TestParamInfo<DType>& info) { return name_of(info.param); }
+std::string name_of_type(const ::testing::TestParamInfo<DType>& info) {
+  return name_of(info.param);
+}
 
 class CpuDeterminism : public ::testing::TestWithParam<DType> {};
 
@@ -287,8 +286,7 @@ TEST_P(CpuDeterminism, ThreadsDoNotChangeABit) {
       Call run(s, GetParam(), false, in);
       run.compute(mask->mask, 0.2);
       const std::vector<std::vector<uint8_t>> bytes{run.out.bytes(), run.lse.bytes(),
-                                                    run.dq.bytes(), run.dk.bytes(),
-                                                    run.dv.bytes()};
+                                                    run.dq.bytes(), run.dk.bytes(), run.dv.bytes()};
       if (first.empty()) first = bytes;
       EXPECT_TRUE(bytes == first) << kind << " with " << threads << " threads";
     }

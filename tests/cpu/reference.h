@@ -1,4 +1,5 @@
-// Attention and its gradients by their definitions, in plain loops: shares no code with the library.
+// Attention and its gradients by their definitions, in plain loops: shares no code with the
+// library.
 #pragma once
 
 #include <cmath>
@@ -34,9 +35,12 @@ struct Results {
 
 inline double round_to(DType dtype, double x) {
   switch (dtype) {
-    case DType::f64: return x;
-    case DType::f32: return static_cast<float>(x);
-    default: break;
+    case DType::f64:
+      return x;
+    case DType::f32:
+      return static_cast<float>(x);
+    default:
+      break;
   }
   if (!std::isfinite(x) || x == 0) return x;
   // Mantissa bits beside the leading one, and the exponent of the smallest normal number.
@@ -52,10 +56,17 @@ inline void store_as(DType dtype, void* to, int64_t at, double x) {
   uint32_t bits = 0;
   std::memcpy(&bits, &single, 4);
   switch (dtype) {
-    case DType::f64: static_cast<double*>(to)[at] = x; return;
-    case DType::f32: static_cast<float*>(to)[at] = single; return;
-    case DType::bf16: static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(bits >> 16); return;
-    default: break;
+    case DType::f64:
+      static_cast<double*>(to)[at] = x;
+      return;
+    case DType::f32:
+      static_cast<float*>(to)[at] = single;
+      return;
+    case DType::bf16:
+      static_cast<uint16_t*>(to)[at] = static_cast<uint16_t>(bits >> 16);
+      return;
+    default:
+      break;
   }
   const double size = std::fabs(x);
   const auto sign = static_cast<uint16_t>(std::signbit(x) ? 0x8000 : 0);
@@ -77,9 +88,12 @@ inline void store_as(DType dtype, void* to, int64_t at, double x) {
 
 inline double load_as(DType dtype, const void* from, int64_t at) {
   switch (dtype) {
-    case DType::f64: return static_cast<const double*>(from)[at];
-    case DType::f32: return static_cast<const float*>(from)[at];
-    default: break;
+    case DType::f64:
+      return static_cast<const double*>(from)[at];
+    case DType::f32:
+      return static_cast<const float*>(from)[at];
+    default:
+      break;
   }
   const uint16_t raw = static_cast<const uint16_t*>(from)[at];
   if (dtype == DType::bf16) {

@@ -47,6 +47,16 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_of_torch():
+    """The reference's tensors are small: waking torch's threads costs more than they do."""
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def intensity(request):
     return request.config.getoption("--intensity")

@@ -15,13 +15,15 @@ import argparse
 import sys
 import time
 
+import conftest  # isort: skip  (finds the package and its library when run by hand)
 import anymask as am
-import conftest  # noqa: F401  finds the library when run by hand
 import mask_cases
 import numpy as np
 import reference
 import torch
 from anymask import machine
+
+assert conftest.ROOT
 
 DTYPES = {"float64": 1e-10, "float32": 2e-4, "bfloat16": 6e-2, "float16": 1e-2}
 BATCH, MAX_LEAVES, MAX_LENGTH = 2, 6, 260

@@ -120,3 +120,17 @@ def blocks(block_mask, rows, columns, q_len, kv_len):
 def ids(eq, ek):
     eq, ek = np.asarray(eq), np.asarray(ek)
     return (eq[..., :, None] >= 0) | (eq[..., :, None] == ek[..., None, :])
+
+
+def top_keys(scores, keep, q_len):
+    """Row by row: sort the keys before a query by (score, lower index first), keep the best."""
+    scores = np.asarray(scores, np.float32).astype(np.float64)
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    kv_len = scores.shape[2]
+    allowed = np.zeros((*scores.shape[:2], q_len, kv_len), bool)
+    for b, h in np.ndindex(*scores.shape[:2]):
+        for i in range(q_len):
+            before = np.arange(max(0, i + kv_len - q_len + 1))
+            best = before[np.argsort(-scores[b, h, before], kind="stable")][:keep]
+            allowed[b, h, i, best] = True
+    return allowed

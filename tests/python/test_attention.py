@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import anymask as am
 import mask_cases
 import numpy as np
@@ -161,6 +166,33 @@ def test_strided_views(instruction_set):
     np.testing.assert_allclose(out, ref, atol=2e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scattered_keys(instruction_set, dtype):
+    rng = np.random.default_rng(15)
+    q, k, v = (
+        draw(rng, (2, length, heads, 32), dtype) for length, heads in ((140, 4), (301, 2), (301, 2))
+    )
+    scores = rng.standard_normal((2, 2, 301))
+    check(q, k, v, am.top_keys(scores, 40, q_len=140), reference.top_keys(scores, 40, 140))
+    mask, allowed = mask_cases.dense(rng, 2, 4, 140, 301)
+    seldom = np.broadcast_to(rng.random(301) < 0.2, (140, 301))
+    check(q, k, v, (mask & am.dense(seldom)).reordered(), allowed & seldom, lse_gradient=True)
+
+
+@pytest.mark.parametrize("sizes", [(0, 5), (5, 0), (0, 0)])
+def test_reordered_keys_without_queries_or_keys(sizes):
+    q_len, kv_len = sizes
+    code = (
+        "import torch, anymask as am\n"
+        f"q, k = (torch.ones(1, n, 1, 8) for n in ({q_len}, {kv_len}))\n"
+        f"blocks = torch.ones({-(-q_len // 16)}, {-(-kv_len // 16)}, dtype=torch.int32)\n"
+        "mask = (am.blocks(blocks, 16) & am.dense(torch.ones(q.shape[1], k.shape[1])))\n"
+        "assert not am.attention(q, k, k, mask.reordered()).any()\n"
+    )  # in a process of its own: it would take the others down with it
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
 def test_layout_bhsd_is_the_same_call():
     rng = np.random.default_rng(10)
     q, k, v = (draw(rng, (2, 33, 4, 16), "float32") for _ in range(3))
@@ -194,6 +226,18 @@ def test_numpy_bfloat16():
     assert np.array_equal(out.astype(np.float32), expected.float().numpy())
 
 
+def test_plans_of_empty_problems():
+    for sizes in ((0, 5), (5, 0), (0, 0)):
+        q, k = (np.ones((1, n, 1, 8), np.float32) for n in sizes)
+        for dtype in ("float32", torch.float32):
+            plan = am.plan(
+                am.causal(), batch=1, q_heads=1, kv_heads=1, q_len=sizes[0], kv_len=sizes[1],
+                head_dim=8, dtype=dtype,
+            )  # fmt: skip
+            assert not am.attention(q, k, k, plan=plan).any()
+            assert not am.attention(*map(torch.from_numpy, (q, k, k)), plan=plan).any()
+
+
 @pytest.mark.parametrize("numpy", [True, False])
 def test_a_plan_changes_nothing(numpy):
     rng = np.random.default_rng(13)
@@ -213,6 +257,25 @@ def test_a_plan_changes_nothing(numpy):
     one = torch.autograd.grad(am.attention(*leaves, mask).sin().sum(), leaves)
     two = torch.autograd.grad(am.attention(*leaves, plan=plan).sin().sum(), leaves)
     assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
+def test_calls_from_several_threads():
+    rng = np.random.default_rng(16)
+    jobs = [
+        ([draw(rng, (1, 200, 2, 32), "float32").requires_grad_() for _ in range(3)], mask)
+        for mask in (am.causal(), am.sliding_window(20), am.full(), am.prefix_lm(50))
+    ]
+
+    def work(job):
+        leaves, mask = job
+        out = am.attention(*leaves, mask)
+        return [out, *torch.autograd.grad(out.sin().sum(), leaves)]
+
+    alone = [work(job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(work, jobs * 5))
+    for index, results in enumerate(together):
+        assert all(torch.equal(a, b) for a, b in zip(results, alone[index % len(jobs)]))
 
 
 def test_gradients_are_reproducible():

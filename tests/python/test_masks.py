@@ -113,6 +113,21 @@ def test_windows_and_prefixes_in_every_representation(m, n, window):
     )
 
 
+@given(m=st.integers(1, 80), n=st.integers(1, 80), keep=st.integers(0, 90), seed=seeds)
+def test_top_keys_are_the_best_before_each_query(m, n, keep, seed):
+    rng = np.random.default_rng(seed)
+    scores = rng.standard_normal((2, 2, n)).round(int(rng.integers(0, 3)))  # few digits: many ties
+    scores[rng.random(scores.shape) < 0.05] = np.nan
+    mask = am.top_keys(scores, keep, q_len=m)
+    np.testing.assert_array_equal(mask.to_dense(2, 2, m, n), reference.top_keys(scores, keep, m))
+
+
+@given(m=lengths, n=lengths, seed=seeds)
+def test_reordering_changes_no_mask(m, n, seed):
+    mask, allowed = mask_cases.random_tree(np.random.default_rng(seed), 2, 4, m, n, 3)
+    np.testing.assert_array_equal(mask_cases.dense_of(mask.reordered(), 2, 4, m, n), allowed)
+
+
 @given(m=lengths, n=lengths, seed=seeds, causal=st.booleans())
 def test_intervals_from_dense_finds_what_intervals_made(m, n, seed, causal):
     rng = np.random.default_rng(seed)
@@ -202,6 +217,8 @@ def test_dense_mask_whose_offsets_pass_2_to_the_31():
             am.intervals(np.zeros((4, 1), np.int32), causal=True),
             "intervals(<int32 [1, 1, 4, 1]>, causal=True)",
         ),
+        (am.causal().reordered() & am.full(), "causal().reordered() & full()"),
+        ((am.causal() | ~am.full()).reordered(), "(causal() | ~full()).reordered()"),
         (am.dense(np.ones((2, 3), bool)), "dense(<bool [1, 1, 2, 3]>)"),
         (am.ids(np.zeros(2, np.int32), np.zeros(3, np.int32)),
          "ids(<int32 [1, 1, 2]>, <int32 [1, 1, 3]>)"),

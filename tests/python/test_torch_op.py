@@ -191,11 +191,11 @@ def test_compiled_layers_share_one_plan():
 
 
 def test_plan_is_built_once_a_training_call(monkeypatch):
-    from anymask import torch_op
+    from anymask import _torch_calls
 
     built = []
-    build = torch_op._build
-    monkeypatch.setattr(torch_op, "_build", lambda *args: built.append(1) or build(*args))
+    build = _torch_calls._build
+    monkeypatch.setattr(_torch_calls, "_build", lambda *args: built.append(1) or build(*args))
     gradients(lambda *x: am.attention(*x, some_mask()), inputs())
     assert len(built) == 1
 
@@ -302,8 +302,10 @@ def test_numpy_masks_serve_torch():
         gradients(lambda *x: am.attention(*x, am.documents(ids)), leaves),
         gradients(lambda *x: am.attention(*x, am.documents(torch.from_numpy(ids))), leaves),
     )
-    ids.flags.writeable = False
-    am.attention(*leaves, am.documents(ids))
+    compiled = torch.compile(
+        lambda *x: am.attention(*x, am.documents(ids)), fullgraph=True, backend="aot_eager"
+    )
+    torch.testing.assert_close(compiled(*leaves), am.attention(*leaves, am.documents(ids)))
 
 
 def test_meta_tensors_have_shapes():
@@ -322,3 +324,28 @@ def test_export():
     args = (*inputs(torch.float32, grad=False), torch.randint(0, 3, (2, LENGTH)))
     program = torch.export.export(Layer(), args)
     torch.testing.assert_close(program.module()(*args), Layer()(*args))
+
+
+def test_top_keys():
+    leaves, scores = inputs(), torch.randn(2, 2, LENGTH, requires_grad=True)
+    torch.library.opcheck(torch.ops.anymask.top_keys.default, (scores.detach(), 5, LENGTH))
+
+    def function(q, k, v, scores):
+        return am.attention(q, k, v, am.top_keys(scores, 5))
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert_same(
+        gradients(lambda *x: compiled(*x, scores), leaves),
+        gradients(lambda *x: function(*x, scores), leaves),
+    )
+    torch.testing.assert_close(
+        function(*leaves, scores), function(*leaves, scores.detach().numpy())
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_numpy_masks():
+    allowed = np.random.default_rng(0).random((LENGTH, LENGTH)) < 0.5
+    allowed.flags.writeable = False
+    out = am.attention(*inputs(), am.dense(allowed))
+    assert out.isfinite().all()

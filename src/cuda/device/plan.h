@@ -107,7 +107,9 @@ struct ClassifyBlock {
   uint32_t hidden[kBlockKeyTiles];
   uint32_t whole;  // what is known of all its tiles together
   int32_t task_count;
-  uint8_t tasks[kBlockRowTiles * kBlockKeyTiles];  // tiles still to look at: row * 8 + key
+  int32_t doubt_count;
+  uint8_t tasks[kBlockRowTiles * kBlockKeyTiles];   // tiles still to look at: row * 8 + key
+  uint8_t doubts[kBlockRowTiles * kBlockKeyTiles];  // tiles whose class their parts leave open
 };
 
 inline void move_to_place(rules::Array& array, rules::Place place) {
@@ -141,7 +143,7 @@ inline void start_block(const ClassifyParams& params, rules::Place place, Classi
     block.program.kv_len = params.program.kv_len;
     block.program.key_order = keys_at_place(params.program, place);
     block.whole = 0;
-    block.task_count = 0;
+    block.task_count = block.doubt_count = 0;
   }
   __syncthreads();
 }
@@ -221,22 +223,19 @@ inline Known look(const ClassifyBlock& block, const rules::Tile& tile, int id_in
   return found;
 }
 
-// The class that the pairs of a tile make.
-inline rules::TileClass look_at_pairs(const ClassifyBlock& block, const rules::Tile& tile) {
+// The class that the pairs of 32 rows of a tile make, `first` a multiple of 32.
+inline rules::TileClass look_at_pairs(const ClassifyBlock& block, const rules::Tile& tile,
+                                      int first) {
+  const uint32_t rows = rules::run_word(tile.row_begin, tile.row_end, first);
   rules::TileClass found = 0;
-  for (int first = tile.row_begin / rules::kWordRows * rules::kWordRows;
-       first < tile.row_end && found != rules::kSome; first += rules::kWordRows) {
-    const uint32_t rows = rules::run_word(tile.row_begin, tile.row_end, first);
-    for (int begin = tile.column_begin; begin < tile.column_end && found != rules::kSome;
-         begin += 32) {
-      const int position = begin + lane_index();
-      rules::TileClass mine = 0;
-      if (position < tile.column_end) {
-        mine =
-            rules::class_of_word(rules::column_word(block.program, {0, 0}, position, first), rows);
-      }
-      found |= __reduce_or_sync(kWholeWarp, mine);
+  for (int begin = tile.column_begin; begin < tile.column_end && found != rules::kSome;
+       begin += 32) {
+    const int position = begin + lane_index();
+    rules::TileClass mine = 0;
+    if (position < tile.column_end) {
+      mine = rules::class_of_word(rules::column_word(block.program, {0, 0}, position, first), rows);
     }
+    found |= __reduce_or_sync(kWholeWarp, mine);
   }
   return found;
 }
@@ -314,8 +313,23 @@ inline void look_at_tiles(const ClassifyPass& pass, int first_row, int first_key
     const int key = block.tasks[i] % kBlockKeyTiles;
     const rules::Tile tile = tile_at(pass, block.program, first_row + row, 1, first_key + key);
     const Known known = look(block, tile, row, rules::kSome * kSurely);
-    const bool settled = may_hold(known) == surely_holds(known);
-    note(block, key, row, 1, settled ? may_hold(known) : look_at_pairs(block, tile));
+    note(block, key, row, 1, surely_holds(known));
+    if (may_hold(known) != surely_holds(known) && lane_index() == 0) {
+      block.doubts[atomicAdd(&block.doubt_count, 1)] = block.tasks[i];
+    }
+  }
+}
+
+// Tiles that may hold more than they surely do, each shared by several warps.
+inline void settle_doubts(const ClassifyPass& pass, int first_row, int first_key,
+                          ClassifyBlock& block) {
+  const int words = (pass.shape.rows + rules::kWordRows - 1) / rules::kWordRows + 1;
+  for (int i = warp_index(); i < block.doubt_count * words; i += kClassifyWarps) {
+    const int row = block.doubts[i / words] / kBlockKeyTiles;
+    const int key = block.doubts[i / words] % kBlockKeyTiles;
+    const rules::Tile tile = tile_at(pass, block.program, first_row + row, 1, first_key + key);
+    const int first = (tile.row_begin / rules::kWordRows + i % words) * rules::kWordRows;
+    if (first < tile.row_end) note(block, key, row, 1, look_at_pairs(block, tile, first));
   }
 }
 
@@ -340,6 +354,8 @@ inline void classify(const ClassifyParams& params) {
     look_at_spans(pass, first_row, first_key, block);
     __syncthreads();
     look_at_tiles(pass, first_row, first_key, block);
+    __syncthreads();
+    settle_doubts(pass, first_row, first_key, block);
   }
   __syncthreads();
 

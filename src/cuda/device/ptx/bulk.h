@@ -10,17 +10,18 @@ namespace anymask::ptx {
 __device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t bytes,
                                            Barrier& barrier) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(&barrier.state))
       : "memory");
 }
 
 // Adds `bytes` of floats in shared memory to floats in global memory, in the caller's bulk group.
 __device__ __forceinline__ void add_floats(float* to, const void* from, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
-               "r"(shared_address(from)), "r"(bytes)
-               : "memory");
+  asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(to),
+      "r"(shared_address(from)), "r"(bytes)
+      : "memory");
 }
 
 __device__ __forceinline__ void bulk_commit() {
@@ -51,12 +52,13 @@ __device__ __forceinline__ void fence_async_global() {
 
 // Adds four floats to 16 aligned bytes of global memory: one instruction, no reply.
 __device__ __forceinline__ void add_four(float* to, float a, float b, float c, float d) {
-  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a), "f"(b),
-               "f"(c), "f"(d)
+  asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(a),
+               "f"(b), "f"(c), "f"(d)
                : "memory");
 }
 
-// ---- counters that order blocks ---------------------------------------------------------------------
+// ---- counters that order blocks
+// ---------------------------------------------------------------------
 
 __device__ __forceinline__ int load_acquire(const int32_t* from) {
   int value;

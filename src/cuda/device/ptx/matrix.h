@@ -26,14 +26,18 @@ template <bool kHalf>
 __device__ __forceinline__ float low_of(uint32_t pair) {
   if constexpr (!kHalf) return __uint_as_float(pair << 16);
   float y;
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}" : "=f"(y) : "r"(pair));
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, low;\n}"
+      : "=f"(y)
+      : "r"(pair));
   return y;
 }
 template <bool kHalf>
 __device__ __forceinline__ float high_of(uint32_t pair) {
   if constexpr (!kHalf) return __uint_as_float(pair & 0xffff0000u);
   float y;
-  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, high;\n}" : "=f"(y) : "r"(pair));
+  asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.f32.f16 %0, high;\n}"
+      : "=f"(y)
+      : "r"(pair));
   return y;
 }
 

@@ -1,8 +1,8 @@
 // Flash attention backward for Hopper (sm_90a), the main kernel: dK, dV and the sums of dQ.
 //
-// A block has one producer warpgroup and two math warpgroups. It takes one key tile of one kv head at
-// a time and walks the row tiles that the plan says it meets, over all query heads of the group; S and
-// P are computed again. backward_prepare.h runs before it and backward_finish.h after it.
+// A block has one producer warpgroup and two math warpgroups. It takes one key tile of one kv head
+// at a time and walks the row tiles that the plan says it meets, over all query heads of the group;
+// S and P are computed again. backward_prepare.h runs before it and backward_finish.h after it.
 // docs/kernels/backward.md has the reasons and the figures behind the choices.
 #pragma once
 
@@ -15,6 +15,7 @@ namespace anymask::cuda {
 
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
+  static_assert(sizeof(BackwardShared<C>) <= C.shared_bytes());
   extern __shared__ __align__(1024) uint8_t memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);

@@ -1,11 +1,11 @@
 // Mask bits for the Hopper backward kernel, made by idle warps of the producer warpgroup.
 //
-// Keys are the rows of S^T, and the rules' word is 32 query rows of one key: a word is used as it is
-// made. A math thread shifts it by twice its quad lane and finds its queries at fixed places.
+// Keys are the rows of S^T, and the rules' word is 32 query rows of one key: a word is used as it
+// is made. A math thread shifts it by twice its quad lane and finds its queries at fixed places.
 //
 // The math warps take 2 x 240 of the 504 registers that a block of 384 threads starts with, so a
-// producer has 24. Under a recipe that is enough: which rows see a key is six numbers, found once for
-// an item, and a word is a few shifts of them. The postfix machine spills.
+// producer has 24. Under a recipe that is enough: which rows see a key is six numbers, found once
+// for an item, and a word is a few shifts of them. The postfix machine spills.
 #pragma once
 
 #include "cuda/device/sm90/backward_schedule.h"
@@ -66,16 +66,15 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
     shared.request_full[slots.slot].wait(slots.parity);
     const BitRequest& request = shared.requests[slots.slot];
     if (request.row_tile < 0) break;
-    // The same keys for a warp at all times, so it needs nobody else's runs.
+      // The same keys for a warp at all times, so it needs nobody else's runs.
 #pragma unroll 1
     for (int key = 32 * index + lane; key < C.columns(); key += 32 * Shared::kKeyBitWarps) {
       const int position = request.key_tile * C.columns() + key;
       const bool exists = position < p.kv_len;
       if constexpr (C.machine == 0) {
         if (exists && request.fresh != 0) {
-          find_runs<C.columns()>(
-              p, request.place, position,
-              reinterpret_cast<int32_t(*)[C.columns()]>(&shared.runs[0][key]));
+          find_runs<C.columns()>(p, request.place, position,
+                                 reinterpret_cast<int32_t(*)[C.columns()]>(&shared.runs[0][key]));
         }
       }
 #pragma unroll 1

@@ -32,6 +32,16 @@ struct BackwardConfig {
   constexpr int threads() const { return 128 * (kBackwardWarpgroups + 1); }
   // The part of D (of dQ; wide: of dK and dV too) that belongs to one warpgroup.
   constexpr int part_depth() const { return depth / kBackwardWarpgroups; }
+  // K, V, the rings of Q and dO, dS (wide: and P), what is staged of dQ, the rings of statistics
+  // and mask bits, the keys' runs, and 2 KiB for barriers, alignment and the like.
+  constexpr int shared_bytes() const {
+    const int keys = columns();
+    return (keys + kBackwardRows * q_stages) * depth * 2 +
+           (keys + kBackwardRows * o_stages) * value_depth * 2 +
+           (wide != 0 ? 2 : 1) * keys * kBackwardRows * 2 +
+           (staged != 0 ? kBackwardRows * depth * 4 : 0) + q_stages * kBackwardRows * 8 +
+           bit_slots * keys * 8 + (machine != 0 ? 0 : keys * 24) + 2048;
+  }
 };
 
 // Everything that the three kernels of a backward pass read. Strides are in elements, and the last
@@ -68,7 +78,7 @@ struct BackwardParams {
   int32_t group_heads;  // query heads per kv head
   int32_t q_len;
   int32_t kv_len;
-  int32_t depth;        // as given, not padded
+  int32_t depth;  // as given, not padded
   int32_t value_depth;
   float scale;
   float scale_log2;  // scale * log2(e)

@@ -1,9 +1,9 @@
-// What math threads of the Hopper backward kernel do element by element, and how fragments of P^T and
-// dS^T reach shared memory.
+// What math threads of the Hopper backward kernel do element by element, and how fragments of P^T
+// and dS^T reach shared memory.
 //
-// Everything is transposed: rows are keys, columns are queries. Of a 64 x 64 piece a thread holds keys
-// lane / 4 and lane / 4 + 8 of its warp's 16, and of each 8 queries two: 8k + 2q and 8k + 2q + 1,
-// q = lane % 4. Value i belongs to k = i / 4, key r = i / 2 % 2, query i % 2.
+// Everything is transposed: rows are keys, columns are queries. Of a 64 x 64 piece a thread holds
+// keys lane / 4 and lane / 4 + 8 of its warp's 16, and of each 8 queries two: 8k + 2q and 8k + 2q +
+// 1, q = lane % 4. Value i belongs to k = i / 4, key r = i / 2 % 2, query i % 2.
 #pragma once
 
 #include "cuda/device/ptx/bulk.h"
@@ -107,8 +107,8 @@ __device__ __forceinline__ void load_fragments(uint32_t address,
 
 // Adds a warpgroup's part of dQ from registers to the workspace; ordered: when its turn has come.
 template <BackwardConfig C, int kCount>
-__device__ __forceinline__ void add_in_turn(const BackwardParams& p, const BackwardStep& step, int w,
-                                            int thread, const float (&values)[kCount]) {
+__device__ __forceinline__ void add_in_turn(const BackwardParams& p, const BackwardStep& step,
+                                            int w, int thread, const float (&values)[kCount]) {
   constexpr int kFloats = kBackwardRows * C.part_depth();
   float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
               w * kFloats + 4 * thread;

@@ -14,17 +14,17 @@ template <BackwardConfig C>
 __device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) {
   const int64_t row_tile = blockIdx.x;  // of all of the workspace
   const int head_index = static_cast<int>(row_tile / p.row_tiles);
-  const int first_row = static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) *
-                        kBackwardRows;
+  const int first_row =
+      static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) * kBackwardRows;
   const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
   const int w = threadIdx.x / 128, thread = threadIdx.x % 128;
 
   constexpr int kPart = C.part_depth();
   float values[kPart / 2];
-  const float4* sums = reinterpret_cast<const float4*>(
-                           p.q_sums + row_tile * (kBackwardRows * C.depth) +
-                           w * kBackwardRows * kPart) +
-                       thread;
+  const float4* sums =
+      reinterpret_cast<const float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth) +
+                                      w * kBackwardRows * kPart) +
+      thread;
 #pragma unroll
   for (int i = 0; i < kPart / 8; ++i) {
     const float4 four = sums[128 * i];

@@ -94,24 +94,24 @@ struct BackwardMath {
       } else {
         const uint32_t a =
             ptx::lower_k_major(shared.slopes) + (w * 64 * kSlabRowBytes + i * 32) / 16;
-        KeyProductShared::run(k_grad, ptx::descriptor(a),
-                              ptx::descriptor(b + i * kSlabRowBytes), true);
+        KeyProductShared::run(k_grad, ptx::descriptor(a), ptx::descriptor(b + i * kSlabRowBytes),
+                              true);
       }
     }
     ptx::wgmma_commit();
   }
 
   // This warpgroup's part of the depth, over all 128 keys.
-  __device__ __forceinline__ void issue_q_grad(float (&other)[kPieceValues]) {
+  __device__ __forceinline__ void issue_q_grad(float (&q_grad)[kSumValues]) {
     constexpr int kParts = kSlabColumns / C.part_depth();  // parts of a slab: 1, or 2 at D = 64
     const uint32_t a = ptx::lower_mn_major(shared.slopes, kKeySlabBytes);
     const uint32_t b = ptx::lower_mn_major(shared.k[w / kParts], kKeySlabBytes) +
                        (w % kParts) * (C.part_depth() * 2 / 16);
-    ptx::pin(other);
+    ptx::pin(q_grad);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < Shared::kColumns / 16; ++i) {
-      QueryProduct::run(other, ptx::descriptor(a + i * kSlabRowBytes),
+      QueryProduct::run(q_grad, ptx::descriptor(a + i * kSlabRowBytes),
                         ptx::descriptor(b + i * kSlabRowBytes), i > 0);
     }
     ptx::wgmma_commit();
@@ -146,14 +146,14 @@ struct BackwardMath {
   // With dK's operand in registers there is none left for P in float32: it comes back from its
   // packed form.
   __device__ __forceinline__ void make_slopes(int stage, float (&scores)[kPieceValues],
-                                              const float (&other)[kPieceValues],
+                                              const float (&weight_grads)[kPieceValues],
                                               const uint32_t (&weights)[kPieceValues / 2],
                                               uint32_t (&slopes)[kPieceValues / 2]) {
     const auto weight = [&](int i) {
       if constexpr (C.slope_operand != 0) return scores[i];
       return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2]) : ptx::high_of<kHalf>(weights[i / 2]);
     };
-    pack_slopes<kHalf>(other, shared.stats[stage][1], lane % 4, weight, slopes);
+    pack_slopes<kHalf>(weight_grads, shared.stats[stage][1], lane % 4, weight, slopes);
   }
 
   // dS to shared memory, where both warpgroups read all of it.
@@ -165,7 +165,8 @@ struct BackwardMath {
     ptx::named_sync(kSlopesBarrier, 128 * kBackwardWarpgroups);
   }
 
-  __device__ __forceinline__ void send_q_grad(const BackwardStep& step, const float (&other)[kPieceValues]) {
+  __device__ __forceinline__ void send_q_grad(const BackwardStep& step,
+                                              const float (&q_grad)[kSumValues]) {
     const int thread = 32 * warp + lane;
     if constexpr (C.staged != 0) {
       shared.q_grad_empty[w].wait(q_grad_parity);
@@ -173,13 +174,12 @@ struct BackwardMath {
       float4* to = reinterpret_cast<float4*>(shared.q_grad[w]) + thread;
 #pragma unroll
       for (int i = 0; i < kSumValues / 4; ++i) {
-        to[128 * i] = {other[4 * i], other[4 * i + 1], other[4 * i + 2], other[4 * i + 3]};
+        to[128 * i] = {q_grad[4 * i], q_grad[4 * i + 1], q_grad[4 * i + 2], q_grad[4 * i + 3]};
       }
-      if (thread == 0) shared.staged_step[w] = step;
       ptx::fence_async_shared();
       arrive(shared.q_grad_full[w]);
     } else {
-      add_in_turn<C>(p, step, w, thread, other);
+      add_in_turn<C>(p, step, w, thread, q_grad);
     }
   }
 
@@ -190,20 +190,20 @@ struct BackwardMath {
     issue_piece<C.depth>(scores, shared.k, shared.q[q_ring.slot]);
   }
 
-  __device__ __forceinline__ void issue_weight_grads(float (&other)[kPieceValues]) {
+  __device__ __forceinline__ void issue_weight_grads(float (&weight_grads)[kPieceValues]) {
     shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
-    issue_piece<C.value_depth>(other, shared.v, shared.out_grad[o_ring.slot]);
+    issue_piece<C.value_depth>(weight_grads, shared.v, shared.out_grad[o_ring.slot]);
   }
 
   // One row tile. On entry its S is ready and its dP issued; kMore: on return so are those of
   // the next.
   //
-  // Some wait has to be for everything, or the compiler loses track of what is in flight from one turn
-  // of the loop to the next and serialises all products (C7514): it is the one for dP, behind which
-  // nothing is queued but what the other warpgroup has.
+  // Some wait has to be for everything, or the compiler loses track of what is in flight from one
+  // turn of the loop to the next and serialises all products (C7514): it is the one for dP, behind
+  // which nothing is queued but what the weight_grads warpgroup has.
   template <bool kMore>
   __device__ __forceinline__ void one_step(float (&scores)[kPieceValues],
-                                           float (&other)[kPieceValues],
+                                           float (&weight_grads)[kPieceValues],
                                            float (&k_grad)[C.depth / 2],
                                            float (&v_grad)[C.value_depth / 2]) {
     uint32_t weights[kPieceValues / 2];  // P, packed as the A operand of dV
@@ -214,9 +214,9 @@ struct BackwardMath {
 
     make_weights(step, now, scores, weights);
     ptx::wgmma_wait<0>();  // dP
-    ptx::pin(other);
+    ptx::pin(weight_grads);
     issue_v_grad(v_grad, weights, o_ring.slot);
-    make_slopes(now, scores, other, weights, slopes);
+    make_slopes(now, scores, weight_grads, weights, slopes);
     if constexpr (kMore) {
       issue_scores(scores);
       ptx::wgmma_commit();
@@ -226,14 +226,15 @@ struct BackwardMath {
     ptx::pin(weights);
     arrive(shared.out_grad_empty[o_ring.slot]);
     o_ring.next();
-    issue_q_grad(other);
+    float q_grad[kSumValues];
+    issue_q_grad(q_grad);
     issue_k_grad(k_grad, slopes, now);
     ptx::wgmma_wait<1>();  // all but dK
-    ptx::pin(other);
+    ptx::pin(q_grad);
     if constexpr (C.slope_operand == 0) arrive(shared.slopes_empty);
-    send_q_grad(step, other);
+    send_q_grad(step, q_grad);
     if constexpr (kMore) {
-      issue_weight_grads(other);
+      issue_weight_grads(weight_grads);
       ptx::wgmma_commit();
       ptx::wgmma_wait<1>();  // dK
     } else {
@@ -248,26 +249,27 @@ struct BackwardMath {
 
   __device__ __forceinline__ void all_steps(int steps, float (&k_grad)[C.depth / 2],
                                             float (&v_grad)[C.value_depth / 2]) {
-    float scores[kPieceValues];  // S, then P
-    float other[kPieceValues];   // dP, then dQ
+    float scores[kPieceValues];        // S, then P
+    float weight_grads[kPieceValues];  // dP
     shared.k_full.wait(kv_parity);
     issue_scores(scores);
     ptx::wgmma_commit();
     shared.v_full.wait(kv_parity);
     kv_parity ^= 1;
-    issue_weight_grads(other);
+    issue_weight_grads(weight_grads);
     ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::pin(scores);
     // The last step is a copy of its own: a product issued under an `if` makes the compiler
     // serialise them all.
 #pragma unroll 1
-    for (int t = 1; t < steps; ++t) one_step<true>(scores, other, k_grad, v_grad);
-    one_step<false>(scores, other, k_grad, v_grad);
+    for (int t = 1; t < steps; ++t) one_step<true>(scores, weight_grads, k_grad, v_grad);
+    one_step<false>(scores, weight_grads, k_grad, v_grad);
     arrive(shared.kv_empty);
   }
 
-  __device__ __forceinline__ void store(const BackwardItem& item, const float (&k_grad)[C.depth / 2],
+  __device__ __forceinline__ void store(const BackwardItem& item,
+                                        const float (&k_grad)[C.depth / 2],
                                         const float (&v_grad)[C.value_depth / 2]) {
     const int first = item.key_tile * C.columns() + 64 * w;
     const int32_t* order = key_order(p, item);

@@ -1,12 +1,13 @@
 // Before the Hopper backward kernel: statistics of every row, and a clean workspace.
 //
-// dS = P (dP - (rowsum(dO O) - dlse)), so what is taken from dP is one number a row. lse goes to log2
-// units; for rows that see nothing or do not exist it becomes +infinity, which makes their P zero.
+// dS = P (dP - (rowsum(dO O) - dlse)), so what is taken from dP is one number a row. lse goes to
+// log2 units; for rows that see nothing or do not exist it becomes +infinity, which makes their P
+// zero.
 #pragma once
 
+#include "cuda/device/ptx/matrix.h"
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/sm90/backward_config.h"
-#include "cuda/device/ptx/matrix.h"
 
 namespace anymask::cuda {
 
@@ -32,13 +33,13 @@ template <BackwardConfig C>
 __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p) {
   const int64_t row_tile = blockIdx.x;  // of all of the workspace
   const int head_index = static_cast<int>(row_tile / p.row_tiles);
-  const int first_row = static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) *
-                        kBackwardRows;
+  const int first_row =
+      static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) * kBackwardRows;
   const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
   const int thread = threadIdx.x, part = thread % kPrepareLanes;
 
-  const uint16_t* out = static_cast<const uint16_t*>(p.out) + batch * p.out_batch_stride +
-                        head * p.out_head_stride;
+  const uint16_t* out =
+      static_cast<const uint16_t*>(p.out) + batch * p.out_batch_stride + head * p.out_head_stride;
   const uint16_t* grad = static_cast<const uint16_t*>(p.grad) + batch * p.grad_batch_stride +
                          head * p.grad_head_stride;
   constexpr int kRowsAtOnce = kPrepareThreads / kPrepareLanes;

@@ -9,7 +9,8 @@
 
 namespace anymask::cuda {
 
-// ---- the loading warp ------------------------------------------------------------------------------
+// ---- the loading warp
+// ------------------------------------------------------------------------------
 
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardShared<C>& shared,
@@ -19,6 +20,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   Ring<C.q_stages> q_ring;
   Ring<C.o_stages> o_ring;
   Ring<C.bit_slots> bit_ring;
+  Ring<kSentSlots> sent_ring;
   uint32_t kv_parity = 1;
   // A slot is free when the math warps have read its bits.
   auto ask_for_bits = [&](const BitRequest& request) {
@@ -61,6 +63,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         if (lane == 0) {
           ptx::Barrier& full = shared.q_full[q_ring.slot];
           shared.steps[q_ring.slot] = step;
+          if constexpr (C.staged != 0) shared.sent[sent_ring.slot] = step;
           full.arrive_expect(Shared::kQBytes);
 #pragma unroll
           for (int slab = 0; slab < Shared::kSlabs; ++slab) {
@@ -72,6 +75,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
                           Shared::kStatBytes, full);
         }
         q_ring.next();
+        sent_ring.next();
 
         shared.out_grad_empty[o_ring.slot].wait(o_ring.parity ^ 1);
         if (lane == 0) {
@@ -112,50 +116,52 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   ask_for_bits({0, -1, {0, 0}, 0});
 }
 
-// ---- the warp that sends dQ away (staged) ------------------------------------------------------------
+// ---- the warp that sends dQ away (staged) -------------------------------------------------------
 
 template <BackwardConfig C>
 __device__ __forceinline__ void send_q_grads(const BackwardParams& p, BackwardShared<C>& shared,
                                              int lane) {
-  using Shared = BackwardShared<C>;
+  constexpr int kFloats = kBackwardRows * C.part_depth();  // of a warpgroup
   Ring<kItemSlots> items;
+  Ring<kSentSlots> sent;
   uint32_t parity = 0;
   for (;; items.next()) {
     shared.item_full[items.slot].wait(items.parity);
-    const BackwardItem item = shared.items[items.slot];
+    const int steps = shared.items[items.slot].steps;
     __syncwarp();
     if (lane == 0) shared.item_empty[items.slot].arrive();
-    if (item.steps < 0) break;
+    if (steps < 0) break;
 
 #pragma unroll 1
-    for (int t = 0; t < item.steps; ++t) {
-#pragma unroll
-      for (int w = 0; w < kBackwardWarpgroups; ++w) {
-        shared.q_grad_full[w].wait(parity);
-        if (lane == 0) {
-          const BackwardStep step = shared.staged_step[w];
-          if (C.ordered != 0 && w == 0) {
-            await_turn(p.turns + 2 * static_cast<int64_t>(step.row_tile), step.turn);
-            ptx::fence_async_global();
-          }
-          ptx::add_floats(p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
-                              w * kBackwardRows * C.part_depth(),
-                          shared.q_grad[w], Shared::kStagedBytes);
-          ptx::bulk_commit();
-        }
-      }
+    for (int t = 0; t < steps; ++t, sent.next(), parity ^= 1) {
+      shared.q_grad_full[0].wait(parity);
+      const BackwardStep step = shared.sent[sent.slot];
+      float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth);
+      int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile);
       if (lane == 0) {
-        const int row_tile = shared.staged_step[0].row_tile;
+        if constexpr (C.ordered != 0) {
+          await_turn(turns, step.turn);
+          ptx::fence_async_global();
+        }
+        ptx::add_floats(to, shared.q_grad[0], kFloats * 4);
+        ptx::bulk_commit();
+      }
+      __syncwarp();
+      shared.q_grad_full[1].wait(parity);
+      if (lane == 0) {
+        ptx::add_floats(to + kFloats, shared.q_grad[1], kFloats * 4);
+        ptx::bulk_commit();
+        ptx::bulk_wait_read<1>();
+        shared.q_grad_empty[0].arrive();
         ptx::bulk_wait_read<0>();
-        for (int w = 0; w < kBackwardWarpgroups; ++w) shared.q_grad_empty[w].arrive();
+        shared.q_grad_empty[1].arrive();
         if constexpr (C.ordered != 0) {
           ptx::bulk_wait<0>();
           ptx::fence_async_global();
-          ptx::add_release(p.turns + 2 * static_cast<int64_t>(row_tile), 1);
+          ptx::add_release(turns, 1);
         }
       }
       __syncwarp();
-      parity ^= 1;
     }
   }
   if (lane == 0) ptx::bulk_wait<0>();

@@ -63,9 +63,8 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
 // Calls visit(row tile, partial) for the row tiles that the item's key tile meets under `head`, in
 // ascending order, with the whole warp converged.
 template <typename Visit>
-__device__ __forceinline__ void for_each_row_tile(const BackwardParams& p,
-                                                  const BackwardItem& item, int head, int lane,
-                                                  Visit&& visit) {
+__device__ __forceinline__ void for_each_row_tile(const BackwardParams& p, const BackwardItem& item,
+                                                  int head, int lane, Visit&& visit) {
   const plan::TileMap& map = p.columns;
   const int64_t row = map_row(p, map, mask_place(p, item.batch, head), item.key_tile);
   const uint32_t* visible = map.visible + row * map.words;
@@ -100,9 +99,8 @@ __device__ __forceinline__ int turn_of(const BackwardParams& p, const BackwardIt
       map.visible + map_row(p, map, mask_place(p, item.batch, head), row_tile) * map.words;
   int before = 0;
   for (int word = item.key_tile / 32 + lane; word < map.words; word += 32) {
-    const uint32_t mine = word == item.key_tile / 32
-                              ? ~rules::low_bits(item.key_tile % 32 + 1)
-                              : 0xffffffffu;
+    const uint32_t mine =
+        word == item.key_tile / 32 ? ~rules::low_bits(item.key_tile % 32 + 1) : 0xffffffffu;
     before += __popc(visible[word] & mine);
   }
   return static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(before)));

@@ -31,8 +31,13 @@ struct BitRequest {
   int32_t fresh;  // the key tile or the place is another than in the request before
 };
 
-// The rows that see a key under a recipe: [0] <= row < [1], less [2] <= row < [3], [4] <= row < [5].
+// The rows that see a key under a recipe: [0] <= row < [1], less [2] <= row < [3], [4] <= row <
+// [5].
 inline constexpr int kRunEnds = 6;
+
+// Steps that the loading warp may be ahead of the one whose dQ is on its way, and more: it loads
+// q_stages steps ahead of the math warps, and they are two ahead of the sending warp at most.
+inline constexpr int kSentSlots = 8;
 
 // Numbered barriers: pairs of warpgroups meet, and one warpgroup by itself.
 inline constexpr int kSlopesBarrier = 1;   // dS is in shared memory
@@ -41,6 +46,7 @@ inline constexpr int kTurnBarrier = 3;     // + warpgroup
 
 template <BackwardConfig C>
 struct BackwardShared {
+  static_assert(C.q_stages + 3 <= kSentSlots);
   static constexpr int kSlabs = C.depth / kSlabColumns;
   static constexpr int kValueSlabs = C.value_depth / kSlabColumns;
   static constexpr int kColumns = C.columns();
@@ -69,7 +75,7 @@ struct BackwardShared {
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
 
   BackwardStep steps[C.q_stages];
-  BackwardStep staged_step[kBackwardWarpgroups];  // whose dQ lies in q_grad
+  BackwardStep sent[kSentSlots];  // the same again for the warp that sends dQ: it comes later
   BitRequest requests[C.bit_slots];
   BackwardItem items[kItemSlots];
 

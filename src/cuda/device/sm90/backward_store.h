@@ -6,14 +6,13 @@
 
 namespace anymask::cuda {
 
-// A warp's 16 of 64 rows. `to`: the first column of the accumulators; their rows begin at `first_row`,
-// rows from `rows` and columns from `columns` on do not exist. `order`: where each row really lies, or
-// null. Quads gather 8 columns a lane, so that a row is written 64 bytes at a time.
+// A warp's 16 of 64 rows. `to`: the first column of the accumulators; their rows begin at
+// `first_row`, rows from `rows` and columns from `columns` on do not exist. `order`: where each row
+// really lies, or null. Quads gather 8 columns a lane, so that a row is written 64 bytes at a time.
 template <bool kHalf, int kCount>
 __device__ __forceinline__ void store_rows(const float (&values)[kCount], float scale, uint16_t* to,
-                                           int64_t row_stride, const int32_t* order,
-                                           int first_row, int rows, int columns, int warp,
-                                           int lane) {
+                                           int64_t row_stride, const int32_t* order, int first_row,
+                                           int rows, int columns, int warp, int lane) {
   const int q = lane % 4;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {

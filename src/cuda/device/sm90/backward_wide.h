@@ -1,9 +1,10 @@
-// A math warpgroup of the Hopper backward kernel for head dimensions up to 256. dK and dV of 64 keys
-// are as many registers as two warpgroups have, so each owns half of the depth of the same 64 keys.
+// A math warpgroup of the Hopper backward kernel for head dimensions up to 256. dK and dV of 64
+// keys are as many registers as two warpgroups have, so each owns half of the depth of the same 64
+// keys.
 //
-// The 64 x 64 piece of a step is shared out by product: warpgroup 0 makes S and P, warpgroup 1 dP and
-// dS. Both reach the other through shared memory, where dV, dK and dQ read them. Giving each half of
-// both pieces instead would read K and V twice: 192 KB a step for S and dP, not 128 KB.
+// The 64 x 64 piece of a step is shared out by product: warpgroup 0 makes S and P, warpgroup 1 dP
+// and dS. Both reach the other through shared memory, where dV, dK and dQ read them. Giving each
+// half of both pieces instead would read K and V twice: 192 KB a step for S and dP, not 128 KB.
 #pragma once
 
 #include "cuda/device/ptx/wgmma_shared.h"
@@ -66,8 +67,7 @@ struct BackwardWide {
   __device__ __forceinline__ void issue_grad(float (&grad)[kPart / 2], const void* piece,
                                              const void* rows) {
     const uint32_t a = ptx::lower_k_major(piece);
-    const uint32_t b =
-        ptx::lower_mn_major(rows, kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
+    const uint32_t b = ptx::lower_mn_major(rows, kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
     ptx::pin(grad);
     ptx::wgmma_fence();
 #pragma unroll
@@ -143,8 +143,8 @@ struct BackwardWide {
     q_ring.next();
     o_ring.next();
 
-    // Everything: the piece, and dK of the step before. So whoever passes the next barrier no longer
-    // reads dS of the step before.
+    // Everything: the piece, and dK of the step before. So whoever passes the next barrier no
+    // longer reads dS of the step before.
     ptx::wgmma_wait<0>();
     ptx::pin(piece);
     ptx::pin(k_grad);

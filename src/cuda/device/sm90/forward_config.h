@@ -10,7 +10,7 @@ namespace anymask::cuda {
 // How mask bits are made. Code for masks that a call does not have costs registers, and there are
 // few: so each path is a variant.
 enum class MaskPath : int32_t {
-  kRuns,     // programs whose recipe is runs of rows only
+  kRuns,     // programs whose recipe is one run of rows per column
   kRecipe,   // any recipe
   kMachine,  // the postfix machine, for programs without a recipe
 };
@@ -21,12 +21,11 @@ struct ForwardConfig {
   int32_t depth;           // head dimension of q and k, padded: 64, 128, 192, 256
   int32_t value_depth;     // head dimension of v and out, padded likewise
   int32_t warpgroups;      // math warpgroups, 64 query rows each
-  int32_t columns;         // keys of a step, a multiple of 16
-  int32_t tiles;           // of the plan in a step: 1, or 2 tiles that need not be neighbours
-  int32_t stages;          // steps of K, and of V, in shared memory
-  int32_t bit_slots;       // partial steps whose bits are in shared memory
+  int32_t columns;         // keys of a tile, a multiple of 16
+  int32_t k_stages;        // tiles of K in shared memory
+  int32_t v_stages;        // and of V
+  int32_t bit_slots;       // partial tiles whose bits are in shared memory
   int32_t overlap;         // 1: the next Q K^T runs under this softmax (needs registers for P)
-  int32_t turns;           // 1: warpgroups take turns at issuing products
   int32_t pieces;          // without overlap: P V is issued in this many pieces, as P is made
   int32_t mask_path;       // a MaskPath
   int32_t math_registers;  // of a thread, after the warpgroups have traded
@@ -34,14 +33,17 @@ struct ForwardConfig {
 
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr int rows() const { return 64 * warpgroups; }
-  constexpr int tile_columns() const { return columns / tiles; }
+  // A strip (the rows of one warpgroup) works on as few blocks of 64 columns of a partial tile as it
+  // sees anything in; tiles of other widths are one block.
+  constexpr int block_columns() const { return columns % 64 == 0 && !overlap ? 64 : columns; }
+  constexpr int blocks() const { return columns / block_columns(); }
   constexpr int threads() const { return 128 * (warpgroups + 1); }
   // Words of mask bits per row: a word holds the 32 columns that one thread of a quad owns among
   // 128, so a wider tile has more than one group.
   constexpr int word_groups() const { return (columns + 127) / 128; }
   // Q, the rings of K and V, the ring of mask bits, and 1 KiB for barriers and the like.
   constexpr int shared_bytes() const {
-    return rows() * depth * 2 + stages * columns * (depth + value_depth) * 2 +
+    return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
            bit_slots * warpgroups * word_groups() * 1024 + 1024;
   }
 };

@@ -19,7 +19,7 @@ struct Item {
   int32_t row_tile;
   int32_t batch;
   int32_t head;
-  int32_t count;  // steps
+  int32_t count;  // visible key tiles
 };
 
 // Where a recipe's arrays begin for an item's mask place; null where there is none. Worked out once
@@ -40,20 +40,21 @@ struct ForwardShared {
   static constexpr int kGroups = C.word_groups();
 
   alignas(1024) uint8_t q[kWarpgroups][C.depth / kSlabColumns][64 * kSlabRowBytes];
-  alignas(1024) uint8_t k[C.stages][C.depth / kSlabColumns][C.columns * kSlabRowBytes];
-  alignas(1024) uint8_t v[C.stages][C.value_depth / kSlabColumns][C.columns * kSlabRowBytes];
+  alignas(1024) uint8_t k[C.k_stages][C.depth / kSlabColumns][C.columns * kSlabRowBytes];
+  alignas(1024) uint8_t v[C.v_stages][C.value_depth / kSlabColumns][C.columns * kSlabRowBytes];
 
   // Mask bits: [group][row][quad lane], so that a warp of math threads reads 32 words in a row.
   alignas(16) uint32_t bits[C.bit_slots][kWarpgroups][kGroups][64][4];
-  // Class of each strip of 64 rows, one byte per quad lane: bit 0 visible, bit 1 hidden.
+  // Class of each strip of 64 rows, one byte per quad lane: bits 0 and 1: something is visible in
+  // the group's first or second 64 columns; bits 2 and 3: something is hidden.
   uint32_t classes[C.bit_slots][kWarpgroups][kGroups];
 
   ptx::Barrier q_full[kWarpgroups], q_empty[kWarpgroups];
-  ptx::Barrier k_full[C.stages], k_empty[C.stages];
-  ptx::Barrier v_full[C.stages], v_empty[C.stages];
+  ptx::Barrier k_full[C.k_stages], k_empty[C.k_stages];
+  ptx::Barrier v_full[C.v_stages], v_empty[C.v_stages];
   ptx::Barrier bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
-  uint32_t partial[C.stages];  // the step in this stage needs its bits
+  uint32_t partial[C.k_stages];  // the tile in this stage needs its bits
   Item items[kItemSlots];
   RecipeArrays arrays[kItemSlots];
 
@@ -70,10 +71,12 @@ struct ForwardShared {
       bits_full[s].init(4 * kGroups);
       bits_empty[s].init(kMathWarps * kWarpgroups);
     }
-    for (int s = 0; s < C.stages; ++s) {
+    for (int s = 0; s < C.k_stages; ++s) {
       k_full[s].init(1);
-      v_full[s].init(1);
       k_empty[s].init(kMathWarps * kWarpgroups);
+    }
+    for (int s = 0; s < C.v_stages; ++s) {
+      v_full[s].init(1);
       v_empty[s].init(kMathWarps * kWarpgroups);
     }
     for (int s = 0; s < kItemSlots; ++s) {

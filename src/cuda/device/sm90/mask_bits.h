@@ -12,25 +12,32 @@
 
 namespace anymask::cuda {
 
-// Lane l holds word l; afterwards bit c of lane r's word is bit r of what lane c held. Exchanges
-// halves, bytes, nibbles, pairs and bits with the lane 16, 8, 4, 2 and 1 away: two instructions for
-// the first two (a byte permutation picks), three for the others (rotate, merge).
-__device__ __forceinline__ uint32_t transpose_bits(uint32_t word, int lane) {
+// Lane l holds words l of two matrices; afterwards bit c of lane r's word is bit r of what lane c
+// held. Exchanges halves, bytes, nibbles, pairs and bits with the lane 16, 8, 4, 2 and 1 away: two
+// instructions for the first two (a byte permutation picks), three for the others (rotate, merge).
+// Two at a time, because one shuffle alone is a long wait.
+__device__ __forceinline__ void transpose_bits(uint32_t& a, uint32_t& b, int lane) {
   const uint32_t halves = (lane & 16) == 0 ? 0x5410u : 0x3276u;
-  word = __byte_perm(word, ptx::shuffle_xor(word, 16), halves);
+  uint32_t other_a = ptx::shuffle_xor(a, 16), other_b = ptx::shuffle_xor(b, 16);
+  a = __byte_perm(a, other_a, halves);
+  b = __byte_perm(b, other_b, halves);
   const uint32_t bytes = (lane & 8) == 0 ? 0x6240u : 0x3715u;
-  word = __byte_perm(word, ptx::shuffle_xor(word, 8), bytes);
+  other_a = ptx::shuffle_xor(a, 8);
+  other_b = ptx::shuffle_xor(b, 8);
+  a = __byte_perm(a, other_a, bytes);
+  b = __byte_perm(b, other_b, bytes);
   constexpr uint32_t kLow[3] = {0x0f0f0f0fu, 0x33333333u, 0x55555555u};
 #pragma unroll
   for (int step = 0; step < 3; ++step) {
     const int distance = 4 >> step;
     const bool upper = (lane & distance) != 0;
     const uint32_t keep = upper ? ~kLow[step] : kLow[step];
-    const uint32_t other = ptx::shuffle_xor(word, distance);
-    const uint32_t rotated = __funnelshift_l(other, other, upper ? 32 - distance : distance);
-    word = (word & keep) | (rotated & ~keep);
+    const int turn = upper ? 32 - distance : distance;
+    other_a = ptx::shuffle_xor(a, distance);
+    other_b = ptx::shuffle_xor(b, distance);
+    a = (a & keep) | (__funnelshift_l(other_a, other_a, turn) & ~keep);
+    b = (b & keep) | (__funnelshift_l(other_b, other_b, turn) & ~keep);
   }
-  return word;
 }
 
 // ---- one column ------------------------------------------------------------------------------------
@@ -129,7 +136,8 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
     const int row = first_row + 32 * i;
     words[i] = run_of(runs.begin - row, runs.end - row);
   }
-  // Loops that run zero times for most masks: the compiler must not make predicated code of them.
+  if constexpr (kPath == MaskPath::kRuns) return;
+  // A loop that runs zero times for most masks: the compiler must not make predicated code of it.
   const int holes = holes_of(p);
 #pragma unroll 1
   for (int hole = 0; hole < holes; ++hole) {
@@ -141,7 +149,6 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
     runs.begin1 = runs.begin2;
     runs.end1 = runs.end2;
   }
-  if constexpr (kPath == MaskPath::kRuns) return;
   if (p.recipe.bits >= 0 && exists) {
     const rules::Array& array = p.program.nodes[p.recipe.bits].columns;
     const uint32_t* word =
@@ -170,20 +177,24 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
 // ---- one strip: 64 rows x the 32 columns of quad lane q ------------------------------------------------
 
 // `upper`, `lower`: the words of this lane's column, for the strip's first and last 32 rows. Stores
-// the transposed words and the class byte. in_tile: this lane has a column.
-__device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool in_tile, int lane,
-                                            uint32_t* to, uint8_t* strip_class) {
-  const bool any_visible = __any_sync(0xffffffffu, (upper | lower) != 0);
-  const bool any_hidden = __any_sync(0xffffffffu, in_tile && (upper & lower) != 0xffffffffu);
-  if (any_visible && any_hidden) {
-    upper = transpose_bits(upper, lane);
-    lower = transpose_bits(lower, lane);
+// the transposed words and the class byte. has_column: lanes beyond the tile's last column are
+// neither visible nor hidden.
+__device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool has_column,
+                                            int lane, uint32_t* to, uint8_t* strip_class) {
+  const uint32_t visible = __ballot_sync(0xffffffffu, (upper | lower) != 0);
+  const uint32_t hidden =
+      __ballot_sync(0xffffffffu, has_column && (upper & lower) != 0xffffffffu);
+  if (visible != 0 && hidden != 0) {
+    transpose_bits(upper, lower, lane);
   } else {
-    upper = lower = any_visible ? 0xffffffffu : 0;
+    upper = lower = visible != 0 ? 0xffffffffu : 0;
   }
   to[lane * 4] = upper;
   to[(lane + 32) * 4] = lower;
-  if (lane == 0) *strip_class = (any_visible ? 1 : 0) | (any_hidden ? 2 : 0);
+  // Lanes 0..15 have columns among the group's first 64. Each of lanes 0..3 knows one bit.
+  const uint32_t mine = ((lane & 2) == 0 ? visible : hidden) >> ((lane & 1) * 16);
+  const uint32_t bits = __ballot_sync(0xffffffffu, (mine & 0xffff) != 0);
+  if (lane == 0) *strip_class = static_cast<uint8_t>(bits & 15);
 }
 
 // ---- the story of a bit-making warp, `index` of kBitWarps ------------------------------------------------
@@ -191,10 +202,10 @@ __device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool
 template <ForwardConfig C>
 __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<C>& shared,
                                           int index, int lane) {
-  constexpr int kPieces = 4 * C.word_groups();  // of a step: 32 columns each
+  constexpr int kPieces = 4 * C.word_groups();  // of a tile: 32 columns each
   Ring<kItemSlots> items;
   Ring<C.bit_slots> slots;
-  int piece = index;  // the next one that is this warp's, counted from the step's first
+  int piece = index;  // the next one that is this warp's, counted from the tile's first
   for (;; items.next()) {
     shared.item_full[items.slot].wait(items.parity);
     const Item item = shared.items[items.slot];
@@ -202,21 +213,18 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
     const RecipeArrays& arrays = shared.arrays[items.slot];
     const int item_row = item.row_tile * C.rows();
 
-    StepWalker<C> walker(p, item, lane);
+    TileWalker walker(p, item);
 #pragma unroll 1
-    for (int step = 0; step < item.count; ++step) {
+    for (int i = 0; i < item.count; ++i) {
       walker.next();
-      if (!walker.needs_bits) continue;
+      if (!walker.is_partial) continue;
 #pragma unroll 1
       for (; piece < kPieces; piece += kBitWarps) {
         const int q = piece & 3, group = piece >> 2;
-        const int in_step = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
-        const bool in_tile = C.columns % 128 == 0 || in_step < C.columns;
-        const int tile = in_step < C.tile_columns() ? walker.first : walker.second;
-        const int in_its_tile =
-            in_step < C.tile_columns() ? in_step : in_step - C.tile_columns();
-        const int column = tile * C.tile_columns() + in_its_tile;
-        const bool exists = in_tile && column < p.kv_len;
+        const int in_tile = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
+        const bool has_column = C.columns % 128 == 0 || in_tile < C.columns;
+        const int column = walker.tile * C.columns + in_tile;
+        const bool exists = has_column && column < p.kv_len;
         uint32_t words[2 * C.warpgroups] = {};
         if constexpr (C.masks() != MaskPath::kMachine) {
           int key = column;
@@ -241,7 +249,7 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
               }
             }
           }
-          store_strip(upper, lower, in_tile, lane, &shared.bits[slots.slot][w][group][0][q],
+          store_strip(upper, lower, has_column, lane, &shared.bits[slots.slot][w][group][0][q],
                       reinterpret_cast<uint8_t*>(&shared.classes[slots.slot][w][group]) + q);
         }
         __syncwarp();

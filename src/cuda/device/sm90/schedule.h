@@ -56,7 +56,6 @@ __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, co
 
 // Items in this order: chunks of (batch, head) pairs one after the other, so that the K and V of a
 // chunk stay in L2; inside a chunk the longest row tiles of all its pairs first.
-template <ForwardConfig C>
 __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
   const int rows = p.map.outer_tiles;
   const int chunk = index / (p.chunk * rows);
@@ -70,68 +69,38 @@ __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
   item.head = pair - item.batch * p.q_heads;
   const int64_t first = map_row(p, mask_place(p, item.batch, item.head), 0);
   item.row_tile = p.map.order[first + rank];
-  item.count = (p.map.count[first + item.row_tile] + C.tiles - 1) / C.tiles;
+  item.count = p.map.count[first + item.row_tile];
   return item;
 }
 
-// The steps of an item in ascending order, walked by a converged warp. A step is C.tiles visible
-// tiles; where only one is left, the second is the one beyond the last, which reads as zeros and is
-// hidden.
-template <ForwardConfig C>
-struct StepWalker {
+// The visible tiles of an item in ascending order, walked by a converged warp: all lanes read the
+// same word, and 32 words share a cache line.
+struct TileWalker {
   const ForwardParams& p;
   const uint32_t* visible;
-  const uint32_t* hidden;
-  const int lane;
+  int word = -1;  // the word being walked, what is left of it, and its partial tiles
+  uint32_t tiles = 0, partial = 0;
 
-  int base = -32;  // each lane holds one word of the 32 from here on
-  uint32_t my_visible = 0, my_hidden = 0;
-  uint32_t owners = 0;              // lanes whose words are still to be walked
-  int word = 0;                     // the word being walked,
-  uint32_t tiles = 0, partial = 0;  // what is left of it, and which of its tiles are partial
+  // The current tile.
+  int tile = 0;
+  bool is_partial = false;
 
-  // The current step.
-  int first = 0, second = 0;
-  bool needs_bits = false;
-
-  __device__ __forceinline__ StepWalker(const ForwardParams& params, const Item& item, int my_lane)
-      : p(params), lane(my_lane) {
-    const int64_t row = map_row(p, mask_place(p, item.batch, item.head), item.row_tile);
-    visible = p.map.visible + row * p.map.words;
-    hidden = p.map.hidden + row * p.map.words;
-  }
-
-  // The next visible tile; p.map.inner_tiles, partial, when there is none.
-  __device__ __forceinline__ int next_tile() {
-    while (tiles == 0) {
-      while (owners == 0) {
-        base += 32;
-        if (base >= p.map.words) {
-          needs_bits = true;
-          return p.map.inner_tiles;
-        }
-        const bool inside = base + lane < p.map.words;
-        my_visible = inside ? visible[base + lane] : 0;
-        my_hidden = inside ? hidden[base + lane] : 0;
-        owners = __ballot_sync(0xffffffffu, my_visible != 0);
-      }
-      const int owner = __ffs(owners) - 1;
-      owners &= owners - 1;
-      word = base + owner;
-      tiles = __shfl_sync(0xffffffffu, my_visible, owner);
-      partial = __shfl_sync(0xffffffffu, my_hidden, owner);
-    }
-    const int bit = __ffs(tiles) - 1;
-    tiles &= tiles - 1;
-    needs_bits |= ((partial >> bit) & 1) != 0;
-    return word * 32 + bit;
-  }
+  __device__ __forceinline__ TileWalker(const ForwardParams& params, const Item& item)
+      : p(params),
+        visible(p.map.visible +
+                map_row(p, mask_place(p, item.batch, item.head), item.row_tile) * p.map.words) {}
 
   // Called item.count times.
   __device__ __forceinline__ void next() {
-    needs_bits = false;
-    first = next_tile();
-    second = C.tiles == 2 ? next_tile() : first;
+    while (tiles == 0) {
+      ++word;
+      tiles = visible[word];
+      partial = visible[word + (p.map.hidden - p.map.visible)];
+    }
+    const int bit = __ffs(tiles) - 1;
+    tiles &= tiles - 1;
+    tile = word * 32 + bit;
+    is_partial = ((partial >> bit) & 1) != 0;
   }
 };
 

@@ -1,0 +1,247 @@
+"""Calls of the library with torch tensors: plans, the forward and the backward pass.
+
+Plain functions below autograd, the same for the CPU and CUDA; memory for plans and scratch comes
+from torch's allocator. torch_op.py makes operators of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from anymask import _tensors
+from anymask._library import check, library
+from anymask._tensors import pack_torch
+from anymask.attention import FORWARD_TAIL, NAN
+from anymask.plans import ALIGNMENT, aligned_bytes
+
+# The end of anymask_backward_args: as FORWARD_TAIL, then deterministic, reserved
+_BACKWARD_TAIL = struct.Struct("@PqdPPq2i")
+# Stands for the memory of fake tensors where the library looks at shapes only.
+_SOMEWHERE = 4096
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    return (_tensors.CUDA, device.index) if device.type == "cuda" else (_tensors.CPU, 0)
+
+
+def _stream(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def _problem(q: Tensor, k: Tensor, v: Tensor) -> bytes:
+    batch, q_len, q_heads, head_dim = q.shape
+    sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
+    return _tensors.pack_problem(sizes, _tensors.torch_code(q.dtype, "q"), *_place(q.device))
+
+
+def _aligned(plan: Tensor) -> Tensor:
+    """The plan, moved if something (a saved-tensor hook, say) gave it other memory."""
+    if plan.data_ptr() % ALIGNMENT == 0:
+        return plan
+    return _aligned_bytes(plan.numel(), plan.device).copy_(plan)
+
+
+def _aligned_bytes(size: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":  # torch's own CPU memory is aligned to 64 bytes only
+        return torch.from_numpy(aligned_bytes(size))
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def _bytes_of_plan(mask: bytes, problem: bytes) -> int:
+    size = ctypes.c_int64()
+    check(library().anymask_plan_bytes(mask, problem, ctypes.byref(size)))
+    return size.value
+
+
+def _build(mask: bytes, problem: bytes, device: torch.device) -> Tensor:
+    buffer = _aligned_bytes(_bytes_of_plan(mask, problem), device)
+    check(
+        library().anymask_build_plan(
+            mask, problem, buffer.data_ptr(), buffer.numel(), _stream(device)
+        )
+    )
+    return buffer
+
+
+def _scratch(
+    mask: bytes, problem: bytes, device: torch.device, deterministic: bool | None
+) -> Tensor:
+    """Scratch memory of a CUDA call: the forward pass for deterministic=None, else backward."""
+    size = ctypes.c_int64()
+    result = ctypes.byref(size)
+    if deterministic is None:
+        check(library().anymask_forward_workspace_bytes(mask, problem, result))
+    else:
+        check(library().anymask_backward_workspace_bytes(mask, problem, int(deterministic), result))
+    return torch.empty(size.value, dtype=torch.uint8, device=device)
+
+
+def _tail(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: bytes,
+    plan: Tensor | None,
+    scale: float | None,
+    deterministic: bool | None,
+) -> tuple[tuple[Any, ...], Any]:
+    """(plan, plan_bytes, scale, stream, workspace, workspace_bytes), and what must stay alive."""
+    scale = NAN if scale is None else scale
+    if plan is not None:
+        plan = _aligned(plan)
+    if q.device.type != "cuda":
+        if plan is None:
+            return (0, 0, scale, 0, 0, 0), None
+        return (plan.data_ptr(), plan.numel(), scale, 0, 0, 0), plan
+    problem = _problem(q, k, v)
+    plan = _build(mask, problem, q.device) if plan is None else plan
+    work = _scratch(mask, problem, q.device, deterministic)
+    stream = _stream(q.device)
+    values = (plan.data_ptr(), plan.numel(), scale, stream, work.data_ptr(), work.numel())
+    return values, (plan, work)
+
+
+def four_dimensions(tensor: Tensor, name: str) -> None:
+    """Raises ValueError for a tensor of another rank."""
+    if tensor.dim() != 4:
+        raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, 4 dimensions are needed")
+
+
+def plan(
+    mask_arrays: list[Tensor],
+    mask_spec: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Tensor:
+    """The operator anymask::plan."""
+    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    return _build(mask, _planned_problem(sizes, dtype, device), device)
+
+
+def _planned_problem(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> bytes:
+    return _tensors.pack_problem(sizes, _tensors.torch_code(dtype, "dtype"), *_place(device))
+
+
+def plan_bytes(
+    mask_arrays: list[Tensor],
+    mask_spec: Sequence[int],
+    sizes: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """The size of what `plan` returns, for tensors without memory."""
+    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays, _SOMEWHERE)
+    return _bytes_of_plan(mask, _planned_problem(sizes, dtype, device))
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask_arrays: list[Tensor],
+    mask_spec: Sequence[int],
+    plan: Tensor | None,
+    scale: float | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    """The operator anymask::forward."""
+    out, lse = forward_outputs(q, k, v)
+    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    tail, _alive = _tail(q, k, v, mask, plan, scale, None)
+    args = b"".join(
+        (
+            pack_torch(q, "q"),
+            pack_torch(k, "k"),
+            pack_torch(v, "v"),
+            pack_torch(out, "out"),
+            pack_torch(lse, "lse"),
+            mask,
+            FORWARD_TAIL.pack(*tail),
+        )
+    )
+    check(library().anymask_attention_forward(args))
+    return out, lse
+
+
+def forward_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Memory for out and lse."""
+    four_dimensions(q, "q")
+    four_dimensions(k, "k")
+    four_dimensions(v, "v")
+    batch, q_len, q_heads, _ = q.shape
+    out = q.new_empty((batch, q_len, q_heads, v.shape[3]))
+    lse_type = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty((batch, q_heads, q_len), dtype=lse_type)
+
+
+def backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    mask_arrays: list[Tensor],
+    mask_spec: Sequence[int],
+    plan: Tensor | None,
+    scale: float | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator anymask::backward."""
+    gradients = empty_gradients(q, k, v)
+    dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
+    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
+    dlse_view = _tensors.NO_TENSOR
+    if dlse is not None:
+        dlse = dlse.contiguous()
+        dlse_view = pack_torch(dlse, "dlse")
+    args = b"".join(
+        (
+            pack_torch(q, "q"),
+            pack_torch(k, "k"),
+            pack_torch(v, "v"),
+            pack_torch(out, "out"),
+            pack_torch(lse, "lse"),
+            pack_torch(dout, "dout"),
+            dlse_view,
+            pack_torch(gradients[0], "dq"),
+            pack_torch(gradients[1], "dk"),
+            pack_torch(gradients[2], "dv"),
+            mask,
+            _BACKWARD_TAIL.pack(*tail, deterministic, 0),
+        )
+    )
+    check(library().anymask_attention_backward(args))
+    return gradients
+
+
+def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for dq, dk and dv."""
+    # empty_like keeps the layout of dense tensors, so that a transposed leaf gets its own back.
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def top_keys(scores: Tensor, keep: int, q_len: int) -> Tensor:
+    """The operator anymask::top_keys: int32 [batch, heads, kv_len, 1]."""
+    ends = torch.empty((*scores.shape, 1), dtype=torch.int32, device=scores.device)
+    check(
+        library().anymask_top_keys(
+            pack_torch(scores, "scores"), keep, q_len, pack_torch(ends, "ends")
+        )
+    )
+    return ends

@@ -1,0 +1,319 @@
+#include "cuda/backward.h"
+
+#include <algorithm>
+#include <string>
+
+#include "anymask/error.hpp"
+#include "cuda/device/sm90/backward_config.h"
+#include "cuda/forward.h"
+
+namespace anymask::cuda {
+namespace {
+
+constexpr KernelFamily family(const char* name, const char* header, const char* function,
+                              bool matrix) {
+  return {name,
+          header,
+          "anymask::cuda::BackwardConfig",
+          "anymask::cuda::BackwardParams",
+          function,
+          90,
+          matrix,
+          static_cast<int>(sizeof(BackwardParams))};
+}
+constexpr KernelFamily kPrepare = family("backward_prepare", "cuda/device/sm90/backward_prepare.h",
+                                         "anymask::cuda::backward_prepare_kernel", false);
+constexpr KernelFamily kMain =
+    family("backward", "cuda/device/sm90/backward.h", "anymask::cuda::backward_kernel", true);
+constexpr KernelFamily kFinish = family("backward_finish", "cuda/device/sm90/backward_finish.h",
+                                        "anymask::cuda::backward_finish_kernel", false);
+constexpr int kRowTileThreads = 256;  // of the kernels before and after: a block a row tile
+
+// ---- variants
+// ------------------------------------------------------------------------------------
+
+// docs/kernels/backward.md has the reasons. The registers of the three warpgroups must not be more
+// than a launch with 384 threads deals out: 3 x 168.
+constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, bool machine,
+                                 bool ordered) {
+  BackwardConfig c{};
+  c.half = half;
+  c.ordered = ordered;
+  c.machine = machine;
+  c.bit_slots = 4;
+  c.o_stages = 2;
+  if (std::max(head_dim, v_head_dim) > 128) {
+    c.wide = 1;
+    c.depth = c.value_depth = 256;
+    c.q_stages = 2;
+    c.math_registers = 224;
+    c.load_registers = 56;
+    return c;
+  }
+  c.depth = head_dim <= 64 ? 64 : 128;
+  c.value_depth = v_head_dim <= 64 ? 64 : 128;
+  c.q_stages = 3;
+  c.staged = 1;
+  // With 2 x 64 accumulators for dK and dV in a thread there is no room for dS as an operand too.
+  const int total = c.depth + c.value_depth;
+  c.slope_operand = total == 256;
+  c.math_registers = total == 256 ? 240 : total == 192 ? 232 : 208;
+  c.load_registers = total == 256 ? 24 : total == 192 ? 40 : 88;
+  return c;
+}
+
+constexpr int kDims[] = {64, 128, 256};
+
+constexpr bool variants_fit() {
+  constexpr int kSharedBytes = 227 * 1024;
+  for (const int depth : kDims) {
+    for (const int value_depth : kDims) {
+      const BackwardConfig c = variant(depth, value_depth, false, false, true);
+      const int at_launch = 65536 / c.threads() / 8 * 8 * (kBackwardWarpgroups + 1);
+      if (c.shared_bytes() > kSharedBytes) return false;
+      if (kBackwardWarpgroups * c.math_registers + c.load_registers > at_launch) return false;
+    }
+  }
+  return true;
+}
+static_assert(variants_fit());
+
+KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
+  const bool main = &family == &kMain;
+  if (!main) {  // only what these two look at, so that variants share them
+    BackwardConfig few{};
+    few.half = c.half;
+    few.depth = c.depth;
+    few.value_depth = c.value_depth;
+    few.ordered = &family == &kPrepare ? c.ordered : 0;
+    c = few;
+  }
+  KernelConfig config;
+  config.family = &family;
+  config.values = {c.half,          c.depth,          c.value_depth,   c.wide,      c.q_stages,
+                   c.o_stages,      c.staged,         c.ordered,       c.bit_slots, c.machine,
+                   c.slope_operand, c.math_registers, c.load_registers};
+  config.count = 13;
+  config.threads = main ? c.threads() : kRowTileThreads;
+  config.shared_bytes = main ? c.shared_bytes() : 0;
+  return config;
+}
+static_assert(sizeof(BackwardConfig) == 13 * sizeof(int32_t));
+
+// ---- workspace
+// -----------------------------------------------------------------------------------
+
+struct Workspace {
+  int64_t q_sums, stats, turns, next_item, bytes;  // offsets, and the size of all
+
+  Workspace(int64_t row_tiles, const BackwardConfig& c) {
+    q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
+    stats = take(row_tiles * kBackwardRows * 8);
+    turns = take(c.ordered != 0 ? row_tiles * 8 : 0);
+    next_item = take(4);
+    bytes = used_;
+  }
+
+ private:
+  int64_t take(int64_t size) {
+    const int64_t offset = used_;
+    used_ += (size + 255) / 256 * 256;
+    return offset;
+  }
+  int64_t used_ = 0;
+};
+
+int64_t row_tiles_of(int64_t q_len) { return (q_len + kBackwardRows - 1) / kBackwardRows; }
+
+// ---- parameters
+// ------------------------------------------------------------------------------------
+
+// The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
+// A view without elements gets none: nothing is loaded from it.
+TensorMapBytes tensor_map(const Tensor& t, int rows) {
+  TensorMapBytes bytes{};
+  if (t.shape[0] * t.shape[1] * t.shape[2] == 0) return bytes;
+  TensorMapSpec spec{};
+  spec.type = t.dtype == DType::f16 ? TensorMapType::kFloat16 : TensorMapType::kBfloat16;
+  spec.rank = 4;
+  spec.address = reinterpret_cast<uint64_t>(t.data);
+  constexpr int kOrder[4] = {3, 1, 2, 0};  // depth, length, heads, batch
+  for (int i = 0; i < 4; ++i) {
+    const int dimension = kOrder[i];
+    spec.extent[i] = static_cast<uint64_t>(t.shape[dimension]);
+    // Along a dimension of one element nothing is ever stepped over; any legal stride will do.
+    spec.stride_bytes[i] =
+        t.shape[dimension] == 1 ? 16 : static_cast<uint64_t>(t.stride[dimension]) * 2;
+    spec.box[i] = 1;
+  }
+  spec.box[0] = 64;
+  spec.box[1] = static_cast<uint32_t>(rows);
+  spec.swizzle = TensorMapSwizzle::k128Bytes;
+  const TensorMap map = encode_tensor_map(spec);
+  std::copy(std::begin(map.opaque), std::end(map.opaque), std::begin(bytes.opaque));
+  return bytes;
+}
+
+void check_layout(const Tensor& tensor, const char* name) {
+  if (tensor.shape[0] * tensor.shape[1] * tensor.shape[2] == 0) return;
+  if (const char* problem = forward_layout_problem(tensor)) {
+    throw InvalidValue(std::string(name) + ": " + problem);
+  }
+}
+
+void set_strides(const Tensor& tensor, int64_t& batch, int64_t& row, int64_t& head) {
+  batch = tensor.stride[0];
+  row = tensor.stride[1];
+  head = tensor.stride[2];
+}
+
+// How many (batch, kv head) pairs run together: as many as have Q, dO and the float32 dQ of their
+// query heads in two fifths of L2.
+int64_t chunk_of(const Problem& problem, int64_t l2_bytes) {
+  const int64_t bytes = problem.q_len * (problem.q_heads / problem.kv_heads) *
+                        (problem.head_dim * 6 + problem.v_head_dim * 2);
+  const int64_t pairs = problem.batch * problem.kv_heads;
+  return std::clamp<int64_t>(l2_bytes * 2 / 5 / std::max<int64_t>(1, bytes), 1, pairs);
+}
+
+int32_t checked_count(int64_t count, const char* what) {
+  if (count > INT32_MAX) {
+    throw Unsupported("attention: " + std::to_string(count) + " " + what +
+                      " are too many for one call: split the batch");
+  }
+  return static_cast<int32_t>(count);
+}
+
+BackwardParams params_of(const BackwardCall& call, const Problem& problem,
+                         const BackwardConfig& config) {
+  BackwardParams params{};
+  params.q = tensor_map(call.q, kBackwardRows);
+  params.k = tensor_map(call.k, config.columns());
+  params.v = tensor_map(call.v, config.columns());
+  params.out_grad = tensor_map(call.dout, kBackwardRows);
+  params.out = call.out.data;
+  set_strides(call.out, params.out_batch_stride, params.out_row_stride, params.out_head_stride);
+  params.grad = call.dout.data;
+  set_strides(call.dout, params.grad_batch_stride, params.grad_row_stride, params.grad_head_stride);
+  params.lse = static_cast<const float*>(call.lse.data);
+  params.lse_grad = static_cast<const float*>(call.dlse.data);
+  params.q_grad = call.dq.data;
+  set_strides(call.dq, params.q_grad_batch_stride, params.q_grad_row_stride,
+              params.q_grad_head_stride);
+  params.k_grad = call.dk.data;
+  set_strides(call.dk, params.k_grad_batch_stride, params.k_grad_row_stride,
+              params.k_grad_head_stride);
+  params.v_grad = call.dv.data;
+  set_strides(call.dv, params.v_grad_batch_stride, params.v_grad_row_stride,
+              params.v_grad_head_stride);
+  params.batch = static_cast<int32_t>(problem.batch);
+  params.q_heads = static_cast<int32_t>(problem.q_heads);
+  params.kv_heads = static_cast<int32_t>(problem.kv_heads);
+  params.group_heads = static_cast<int32_t>(problem.q_heads / problem.kv_heads);
+  params.q_len = static_cast<int32_t>(problem.q_len);
+  params.kv_len = static_cast<int32_t>(problem.kv_len);
+  params.depth = static_cast<int32_t>(problem.head_dim);
+  params.value_depth = static_cast<int32_t>(problem.v_head_dim);
+  constexpr double kLog2E = 1.4426950408889634;
+  params.scale = static_cast<float>(call.scale);
+  params.scale_log2 = static_cast<float>(call.scale * kLog2E);
+  params.row_tiles = static_cast<int32_t>(row_tiles_of(problem.q_len));
+  params.pairs = static_cast<int32_t>(problem.batch * problem.kv_heads);
+  params.items = checked_count(int64_t{params.pairs} * call.columns.outer_tiles, "key tiles");
+  params.columns = call.columns;
+  params.rows = call.rows;
+  params.program = *call.program;
+  params.recipe = recipe_of(*call.program);
+  return params;
+}
+
+Problem problem_of_call(const BackwardCall& call) {
+  Problem problem;
+  problem.batch = call.q.shape[0];
+  problem.q_len = call.q.shape[1];
+  problem.q_heads = call.q.shape[2];
+  problem.head_dim = call.q.shape[3];
+  problem.kv_len = call.k.shape[1];
+  problem.kv_heads = call.k.shape[2];
+  problem.v_head_dim = call.v.shape[3];
+  return problem;
+}
+
+}  // namespace
+
+plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
+  const BackwardConfig c = variant(head_dim, v_head_dim, false, false, false);
+  return {c.rows(), c.columns()};
+}
+
+int64_t backward_workspace(const Problem& problem, bool deterministic) {
+  const int64_t tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
+  return Workspace(tiles,
+                   variant(problem.head_dim, problem.v_head_dim, false, false, deterministic))
+      .bytes;
+}
+
+void backward(const BackwardCall& call, int ordinal, CuStream stream) {
+  const Problem problem = problem_of_call(call);
+  if (problem.batch == 0 || problem.q_heads == 0 || problem.kv_heads == 0) return;
+  check_layout(call.q, "q");
+  check_layout(call.k, "k");
+  check_layout(call.v, "v");
+  check_layout(call.out, "out");
+  check_layout(call.dout, "dout");
+  check_layout(call.dq, "dq");
+  check_layout(call.dk, "dk");
+  check_layout(call.dv, "dv");
+
+  const bool half = call.q.dtype == DType::f16;
+  const bool machine = recipe_of(*call.program).usable == 0;
+  const BackwardConfig config =
+      variant(problem.head_dim, problem.v_head_dim, half, machine, call.deterministic);
+  const int32_t tiles =
+      checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
+  const DeviceScope scope(ordinal);
+  const Kernel& prepare = kernel(kernel_config(kPrepare, config), ordinal);
+  const Kernel& main = kernel(kernel_config(kMain, config), ordinal);
+  const Kernel& finish = kernel(kernel_config(kFinish, config), ordinal);
+
+  BackwardParams params = params_of(call, problem, config);
+  params.chunk = static_cast<int32_t>(chunk_of(problem, gpu(ordinal).l2_bytes));
+  char* workspace = static_cast<char*>(call.workspace);
+  const Workspace layout(tiles, config);
+  params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
+  params.stats = reinterpret_cast<float*>(workspace + layout.stats);
+  params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
+  params.next_item = reinterpret_cast<int32_t*>(workspace + layout.next_item);
+
+  const Grid row_tiles{static_cast<uint32_t>(tiles)};
+  if (tiles > 0) {
+    launch(prepare, row_tiles, stream, params);
+  } else {
+    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(params.next_item), 0, 1, stream),
+          "cuMemsetD32Async");
+  }
+  if (params.items > 0) {
+    const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
+    launch(main, {static_cast<uint32_t>(blocks)}, stream, params);
+  }
+  if (tiles > 0) launch(finish, row_tiles, stream, params);
+}
+
+std::vector<KernelConfig> backward_kernels() {
+  constexpr int kShipped[][2] = {{64, 64}, {128, 128}, {256, 256}};
+  std::vector<KernelConfig> all;
+  for (const auto& [depth, value_depth] : kShipped) {
+    for (const bool half : {false, true}) {
+      for (const bool ordered : {false, true}) {
+        for (const bool machine : {false, true}) {
+          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, machine, ordered)));
+        }
+        all.push_back(kernel_config(kPrepare, variant(depth, value_depth, half, false, ordered)));
+      }
+      all.push_back(kernel_config(kFinish, variant(depth, value_depth, half, false, false)));
+    }
+  }
+  return all;
+}
+
+}  // namespace anymask::cuda

@@ -1,0 +1,416 @@
+// A math warpgroup of the Hopper forward kernel: 64 query rows, whose scores, probabilities and
+// output stay in registers.
+#pragma once
+
+#include "cuda/device/ptx/registers.h"
+#include "cuda/device/ptx/wgmma.h"
+#include "cuda/device/sm90/forward_shared.h"
+#include "cuda/device/sm90/softmax.h"
+
+namespace anymask::cuda {
+
+// What the mask leaves of one tile for this warpgroup's strip and this thread's two rows.
+template <ForwardConfig C>
+struct StripMask {
+  int first_block;  // the blocks that the strip sees anything in lie between these,
+  int blocks;       // none where blocks is 0
+  bool hidden;      // and something among them is hidden
+  uint32_t words[2][C.word_groups()];
+};
+
+template <ForwardConfig C>
+struct MathWarp {
+  static constexpr auto kElement = C.half ? ptx::Element::kF16 : ptx::Element::kBf16;
+  using OutputProduct = ptx::Wgmma<kElement, C.value_depth>;
+
+  // The scores of 64 rows and kColumns keys, and P made of them, packed as the A operand of P V.
+  template <int kColumns>
+  struct Tile {
+    float scores[kColumns / 2];
+    uint32_t weights[kColumns / 4];
+  };
+
+  const ForwardParams& p;
+  ForwardShared<C>& shared;
+  const int w;     // warpgroup
+  const int warp;  // in the warpgroup
+  const int lane;
+
+  Ring<C.k_stages> k_ring;
+  Ring<C.v_stages> v_ring;
+  Ring<C.bit_slots> bit_ring;
+  float out[C.value_depth / 2];
+  RowState rows;
+
+  static __device__ __forceinline__ uint32_t pack(float low, float high) {
+    return C.half ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
+  }
+
+  // One arrival a warp.
+  __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
+    __syncwarp();
+    if (lane == 0) barrier.arrive();
+  }
+
+  // ---- products ----
+
+  // Q K^T of kColumns keys from first_column on.
+  template <int kColumns>
+  __device__ __forceinline__ void issue_scores(Tile<kColumns>& tile, int first_column) {
+    const uint32_t q = ptx::lower_k_major(shared.q[w]);
+    const uint32_t k =
+        ptx::lower_k_major(shared.k[k_ring.slot]) + first_column * kSlabRowBytes / 16;
+    ptx::pin(tile.scores);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < C.depth / 16; ++i) {
+      const int slab = i / 4, offset = (i % 4) * 32;
+      ptx::Wgmma<kElement, kColumns>::product_ss(
+          tile.scores, ptx::descriptor(q + (slab * 64 * kSlabRowBytes + offset) / 16),
+          ptx::descriptor(k + (slab * C.columns * kSlabRowBytes + offset) / 16), i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // After the last Q K^T of an item its next Q may come, while this one's softmax still runs.
+  __device__ __forceinline__ void release_keys(bool last) {
+    arrive(shared.k_empty[k_ring.slot]);
+    k_ring.next();
+    if (last) arrive(shared.q_empty[w]);
+  }
+
+  // Sixteens [begin, end) of the keys of P V. `started`: out holds something to add to.
+  template <int kColumns>
+  __device__ __forceinline__ void issue_output(const Tile<kColumns>& tile, int first_column,
+                                               bool started, int begin, int end) {
+    const uint32_t v = ptx::lower_mn_major(shared.v[v_ring.slot], C.columns * kSlabRowBytes) +
+                       first_column * kSlabRowBytes / 16;
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = begin; i < end; ++i) {
+      OutputProduct::product_rs(out, &tile.weights[4 * i], ptx::descriptor(v + i * kSlabRowBytes),
+                                started || i > 0);
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void release_values() {
+    arrive(shared.v_empty[v_ring.slot]);
+    v_ring.next();
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ void finish_output(Tile<kColumns>& tile) {
+    ptx::wgmma_wait<0>();
+    ptx::pin(out);
+    ptx::pin(tile.weights);
+    release_values();
+  }
+
+  // ---- masks ----
+
+  __device__ __forceinline__ StripMask<C> take_mask(bool live, bool partial) {
+    StripMask<C> mask{0, live ? C.blocks() : 0, false, {}};
+    if (!partial) return mask;
+    shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+    const int row = 16 * warp + lane / 4;
+    uint32_t visible = 0, hidden = 0;  // a bit per 64 columns
+#pragma unroll
+    for (int g = 0; g < C.word_groups(); ++g) {
+      uint32_t classes = shared.classes[bit_ring.slot][w][g];
+      mask.words[0][g] = shared.bits[bit_ring.slot][w][g][row][lane % 4];
+      mask.words[1][g] = shared.bits[bit_ring.slot][w][g][row + 8][lane % 4];
+      classes |= classes >> 16;
+      classes |= classes >> 8;
+      visible |= (classes & 3) << (2 * g);
+      hidden |= ((classes >> 2) & 3) << (2 * g);
+    }
+    arrive(shared.bits_empty[bit_ring.slot]);
+    bit_ring.next();
+    visible = ptx::uniform(visible);
+    hidden = ptx::uniform(hidden);
+    if (visible == 0 || !live) {
+      mask.blocks = 0;
+    } else if constexpr (C.blocks() == 1) {
+      mask.hidden = hidden != 0;
+    } else {
+      mask.first_block = __ffs(visible) - 1;
+      mask.blocks = 32 - __clz(visible) - mask.first_block;
+      mask.hidden = ((hidden >> mask.first_block) & ((1u << mask.blocks) - 1)) != 0;
+      // The bits of the first block come first: 16 of a word are one block.
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        constexpr int kLast = C.word_groups() - 1;
+        if (mask.first_block >= 2) mask.words[r][0] = mask.words[r][kLast];
+        if ((mask.first_block & 1) != 0) {
+          mask.words[r][0] = __funnelshift_r(mask.words[r][0], mask.words[r][kLast], 16);
+        }
+      }
+    }
+    return mask;
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ void apply(Tile<kColumns>& tile, const StripMask<C>& mask) {
+    if (p.negate) {
+#pragma unroll
+      for (int i = 0; i < kColumns / 2; ++i) tile.scores[i] = -tile.scores[i];
+    }
+    if (!mask.hidden) return;
+#pragma unroll
+    for (int i = 0; i < kColumns / 2; ++i) {
+      const int bit = 2 * (i / 4) + i % 2;
+      const bool visible = (mask.words[(i / 2) % 2][bit / 32] >> (bit % 32)) & 1;
+      tile.scores[i] = visible ? tile.scores[i] : kMinusInfinity;
+    }
+  }
+
+  // ---- softmax ----
+
+  // exp2(score - top) of sixteens [begin, end) in place, and its sum.
+  template <int kColumns>
+  __device__ __forceinline__ void exponentiate(Tile<kColumns>& tile, int begin, int end) {
+    float top[2] = {rows.top[0], rows.top[1]};
+    // Adds 0. It ties a piece to the sums of the piece before: else the assembler leaves the sums
+    // for later, keeps all exponentials for them, and at 160 registers spills 20.
+    if constexpr (C.overlap == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = __fmaf_rn(rows.sum[r], 0.0f, top[r]);
+    }
+#pragma unroll
+    for (int i = 8 * begin; i < 8 * end; ++i) {
+      const int r = (i / 2) % 2;
+      tile.scores[i] = ptx::exp2_fast(tile.scores[i] * p.scale_log2 - top[r]);
+      rows.sum[r] += tile.scores[i];
+    }
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ void pack_weights(Tile<kColumns>& tile, int begin, int end) {
+#pragma unroll
+    for (int i = 8 * begin; i < 8 * end; i += 2) {
+      tile.weights[i / 2] = pack(tile.scores[i], tile.scores[i + 1]);
+    }
+  }
+
+  template <int kColumns>
+  __device__ __forceinline__ bool raise(const Tile<kColumns>& tile, float (&factor)[2]) {
+    float top[2];
+    row_maxima(tile.scores, top);
+    return rows.raise(top, p.scale_log2, factor);
+  }
+
+  // ---- tiles ----
+
+  // Without overlap, the kColumns / 64 blocks from mask.first_block on: three warpgroups keep the
+  // tensor cores busy by being in different places.
+  template <int kColumns>
+  __device__ __forceinline__ void plain_tile(const StripMask<C>& mask, bool started, bool last) {
+    Tile<kColumns> tile;
+    const int first_column = kColumns == C.columns ? 0 : mask.first_block * C.block_columns();
+    issue_scores(tile, first_column);
+    ptx::wgmma_wait<0>();
+    ptx::pin(tile.scores);
+    release_keys(last);
+    apply(tile, mask);
+    float factor[2];
+    if (raise(tile, factor) && started) scale_rows(out, factor);
+    ptx::pin(out);
+    shared.v_full[v_ring.slot].wait(v_ring.parity);
+    constexpr int kSixteens = kColumns / 16;
+    constexpr int kEach = (C.columns / 16 + C.pieces - 1) / C.pieces;
+#pragma unroll
+    for (int begin = 0; begin < kSixteens; begin += kEach) {
+      const int end = begin + kEach < kSixteens ? begin + kEach : kSixteens;
+      exponentiate(tile, begin, end);
+      pack_weights(tile, begin, end);
+      issue_output(tile, first_column, started, begin, end);
+    }
+    finish_output(tile);
+  }
+
+  // With overlap: the first tile of a run only makes P.
+  __device__ __forceinline__ void first_tile(Tile<C.columns>& tile, const StripMask<C>& mask,
+                                             bool started, bool last) {
+    issue_scores(tile, 0);
+    ptx::wgmma_wait<0>();
+    ptx::pin(tile.scores);
+    release_keys(last);
+    apply(tile, mask);
+    float factor[2];
+    if (raise(tile, factor) && started) scale_rows(out, factor);
+    exponentiate(tile, 0, C.columns / 16);
+    pack_weights(tile, 0, C.columns / 16);
+  }
+
+  // Each further one: its Q K^T, then P V of the tile before, whose product runs under this softmax.
+  __device__ __forceinline__ void next_tile(Tile<C.columns>& tile, const StripMask<C>& mask,
+                                            bool started, bool last) {
+    issue_scores(tile, 0);
+    shared.v_full[v_ring.slot].wait(v_ring.parity);
+    ptx::pin(out);
+    issue_output(tile, 0, started, 0, C.columns / 16);
+    ptx::wgmma_wait<1>();
+    ptx::pin(tile.scores);
+    release_keys(last);
+    apply(tile, mask);
+    float factor[2];
+    const bool moved = raise(tile, factor);
+    exponentiate(tile, 0, C.columns / 16);
+    finish_output(tile);
+    pack_weights(tile, 0, C.columns / 16);  // only now: P of the tile before was being read
+    if (moved) scale_rows(out, factor);
+  }
+
+  // P V of the last tile of a run.
+  __device__ __forceinline__ void last_output(Tile<C.columns>& tile, bool started) {
+    shared.v_full[v_ring.slot].wait(v_ring.parity);
+    ptx::pin(out);
+    issue_output(tile, 0, started, 0, C.columns / 16);
+    finish_output(tile);
+  }
+
+  // A tile that shows this strip nothing. Its V must have come before its stage is given back.
+  __device__ __forceinline__ void skip_tile(bool last) {
+    shared.v_full[v_ring.slot].wait(v_ring.parity);
+    release_keys(last);
+    release_values();
+  }
+
+  // Takes the next tile's mask, once its K is there.
+  __device__ __forceinline__ StripMask<C> next_mask(bool live) {
+    shared.k_full[k_ring.slot].wait(k_ring.parity);
+    return take_mask(live, __any_sync(0xffffffffu, shared.partial[k_ring.slot] != 0));
+  }
+
+  // Both return whether out holds something.
+  __device__ __forceinline__ bool plain_item(const Item& item, bool live) {
+    constexpr int kOne = C.block_columns();
+    constexpr int kTwo = C.blocks() > 2 ? 2 * kOne : kOne;
+    bool started = false;
+#pragma unroll 1
+    for (int i = 0; i < item.count; ++i) {
+      const bool last = live && i == item.count - 1;
+      const StripMask<C> mask = next_mask(live);
+      if (mask.blocks == C.blocks()) {
+        plain_tile<C.columns>(mask, started, last);
+      } else if (C.blocks() > 2 && mask.blocks == 2) {
+        plain_tile<kTwo>(mask, started, last);
+      } else if (C.blocks() > 1 && mask.blocks == 1) {
+        plain_tile<kOne>(mask, started, last);
+      } else {
+        skip_tile(last);
+        continue;
+      }
+      started = true;
+    }
+    return started;
+  }
+
+  __device__ __forceinline__ bool overlapped_item(const Item& item, bool live) {
+    Tile<C.columns> tile;
+    bool started = false;
+    bool pending = false;  // P of the tile before waits for its product
+#pragma unroll 1
+    for (int i = 0; i < item.count; ++i) {
+      const bool last = live && i == item.count - 1;
+      const StripMask<C> mask = next_mask(live);
+      if (mask.blocks == 0) {
+        if (pending) {
+          last_output(tile, started);
+          started = true;
+          pending = false;
+        }
+        skip_tile(last);
+      } else if (!pending) {
+        first_tile(tile, mask, started, last);
+        pending = true;
+      } else {
+        next_tile(tile, mask, started, last);
+        started = true;
+      }
+    }
+    if (pending) last_output(tile, started);
+    return started || pending;
+  }
+
+  // ---- end of an item ----
+
+  __device__ __forceinline__ void store(const Item& item, int first_row) {
+    const int q = lane % 4;
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float sum = rows.sum[r];
+      sum += ptx::shuffle_xor(sum, 1);
+      sum += ptx::shuffle_xor(sum, 2);
+      const bool seen = sum > 0.0f;
+      inverse[r] = seen ? 1.0f / sum : 0.0f;
+      const int row = first_row + 16 * warp + lane / 4 + 8 * r;
+      if (q == 0 && row < p.q_len && p.lse != nullptr) {
+        constexpr float kLn2 = 0.69314718055994531f;
+        const float lse = seen ? (rows.top[r] + ptx::log2_fast(sum)) * kLn2
+                               : kMinusInfinity;
+        p.lse[(static_cast<int64_t>(item.batch) * p.q_heads + item.head) * p.q_len + row] = lse;
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = first_row + 16 * warp + lane / 4 + 8 * r;
+      uint16_t* to = static_cast<uint16_t*>(p.out) + item.batch * p.out_batch_stride +
+                     item.head * p.out_head_stride + row * p.out_row_stride;
+      // Quads gather 8 columns a lane, so that a row is written 64 bytes at a time.
+#pragma unroll
+      for (int j = 0; j < C.value_depth / 32; ++j) {
+        uint32_t pieces[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int at = 4 * (4 * j + i) + 2 * r;
+          pieces[i] = pack(out[at] * inverse[r], out[at + 1] * inverse[r]);
+        }
+        transpose_quad(pieces, q);
+        const int column = 8 * (4 * j + q);
+        if (row < p.q_len && column < p.value_depth) {
+          ptx::store_global(to + column, pieces[0], pieces[1], pieces[2], pieces[3]);
+        }
+      }
+    }
+  }
+
+  // ---- the story ----
+
+  __device__ __forceinline__ void run() {
+    Ring<kItemSlots> items;
+    uint32_t q_parity = 0;
+#pragma unroll 1
+    for (;; items.next()) {
+      shared.item_full[items.slot].wait(items.parity);
+      const Item& slot = shared.items[items.slot];
+      const Item item = {ptx::uniform(slot.row_tile), ptx::uniform(slot.batch),
+                         ptx::uniform(slot.head), ptx::uniform(slot.count)};
+      arrive(shared.item_empty[items.slot]);
+      if (item.count < 0) break;
+
+      const int first_row = item.row_tile * C.rows() + 64 * w;
+      const bool live = first_row < p.q_len;  // else there is no Q, and nothing to do but release
+      if (live && item.count > 0) {
+        shared.q_full[w].wait(q_parity);
+        q_parity ^= 1;
+      }
+      rows.reset();
+      bool started;
+      if constexpr (C.overlap != 0) {
+        started = overlapped_item(item, live);
+      } else {
+        started = plain_item(item, live);
+      }
+      if (!started) {
+#pragma unroll
+        for (int i = 0; i < C.value_depth / 2; ++i) out[i] = 0.0f;
+      }
+      if (live) store(item, first_row);
+    }
+  }
+};
+
+}  // namespace anymask::cuda
