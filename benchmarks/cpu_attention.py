@@ -310,7 +310,7 @@ def main() -> None:
         memory_probe(options.memory_probe)
         return
     torch.set_num_threads(machine.threads())
-    console = Console(width=120 if not sys.stdout.isatty() else None)
+    console = Console(width=140 if not sys.stdout.isatty() else None)
     peaks = {name: machine.measure_cpu_peak(name) * 1e9 for name in options.dtypes}
     cases = [
         (dtype, dim, length, name)

@@ -37,6 +37,7 @@ def kinds() -> "dict[str, am.Mask]":
     scattered[:, 0] = np.minimum(position + 8 + (position * 37) % 150, LENGTH)
     wheel = np.add.outer(np.arange(8), np.arange(8)) % 3 != 1
     disc = np.hypot(*np.meshgrid(position - 128, position - 128)) < 110
+    scores = ((position * 97) % 251).astype(np.float32)[None, None]
     eq = np.where(position < 40, 1, -1 - ids).astype(np.int32)
     return {
         "full": am.full(),
@@ -48,6 +49,7 @@ def kinds() -> "dict[str, am.Mask]":
         "blocks": am.blocks(wheel, block_size=32),
         "dense": am.dense(disc),
         "ids": am.ids(eq, -1 - ids),
+        "top_keys": am.top_keys(scores, 60),
         "expression": am.causal() & am.documents(ids) & ~am.sliding_window(24, 0),
     }
 

@@ -143,11 +143,7 @@ def _show_one(
         console.print(f"[bold]{title}[/]  {path}", highlight=False)
     else:
         console.print(f"\n[bold]{title}[/]", highlight=False)
-        colour = console.color_system in ("256", "truecolor")
-        picture = drawing.render(
-            mask, length, tile=options.tile, place=place, colour=colour,
-            width=min(options.width, console.width),
-        )  # fmt: skip
+        picture = drawing.render(mask, length, tile=options.tile, place=place, width=options.width)
         console.print(picture)
     console.print(
         f"{drawing.summary(mask.statistics(q_len=length, tile=options.tile))} "

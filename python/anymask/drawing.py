@@ -54,7 +54,7 @@ def render(
     tile: int | tuple[int, int] = 128,
     place: tuple[int, int] = (0, 0),
     width: int = 64,
-    colour: bool = True,
+    colour: bool | None = None,
 ) -> Any:
     """The tiles of a mask by class, as a rich renderable for a terminal.
 
@@ -63,36 +63,66 @@ def render(
         tile: rows and columns of a tile.
         place: which of the mask's own batch entries and heads.
         width: columns of the terminal to use at most; tiles are merged until they fit.
-        colour: two rows of tiles a line in colour, else one glyph a tile.
+        colour: True: two rows of tiles a line in colour; False: one glyph a tile; None: colour
+            where the terminal has 256 or more.
 
     >>> from rich.console import Console
-    >>> Console(width=20).print(render(am.causal(), 48, tile=16, colour=False))  # doctest: +SKIP
+    >>> Console(width=70).print(render(am.causal(), 64, tile=16, colour=False))
+    ▒▒··
+    ██▒▒
+    █ all pairs allowed   ▒ some: needs its bits   · none: skipped
     """
+    return _Tiles(
+        _one(mask.tile_classes(q_len=q_len, kv_len=kv_len, tile=tile), place), width, colour
+    )
+
+
+class _Tiles:
+    """What `render` returns: asks the console for its width and colours when it is printed."""
+
+    def __init__(self, classes: np.ndarray, width: int, colour: bool | None) -> None:
+        self.classes = classes
+        self.width = width
+        self.colour = colour
+
+    def __rich_console__(self, console: Any, options: Any) -> Any:
+        colour = self.colour
+        if colour is None:
+            colour = console.color_system in ("256", "truecolor")
+        width = max(1, min(self.width, options.max_width))
+        scale = max(1, -(-self.classes.shape[1] // width))
+        yield _in_colour(self.classes, scale) if colour else _in_glyphs(self.classes, scale)
+
+
+def _in_colour(classes: np.ndarray, scale: int) -> Any:
     from rich.text import Text
 
-    classes = _one(mask.tile_classes(q_len=q_len, kv_len=kv_len, tile=tile), place)
-    scale = max(1, -(-classes.shape[1] // width))
     text = Text()
-    if colour:
-        pixels = _merge(classes, scale, scale)
-        colours = {**COLOURS, NONE: _DARK_NONE}
-        for top in range(0, len(pixels), 2):
-            upper = pixels[top]
-            lower = pixels[top + 1] if top + 1 < len(pixels) else None
-            for column, value in enumerate(upper):
-                style = colours[int(value)]
-                if lower is not None:
-                    style += f" on {colours[int(lower[column])]}"
-                text.append("▀", style=style)
-            text.append("\n")
-    else:
-        for row in _merge(classes, 2 * scale, scale):  # a character is twice as high as wide
-            text.append("".join(_GLYPHS[int(value)] for value in row) + "\n")
+    colours = {**COLOURS, NONE: _DARK_NONE}
+    pixels = _merge(classes, scale, scale)
+    for top in range(0, len(pixels), 2):
+        lower = pixels[top + 1] if top + 1 < len(pixels) else None
+        for column, value in enumerate(pixels[top]):
+            style = colours[int(value)]
+            if lower is not None:
+                style += f" on {colours[int(lower[column])]}"
+            text.append("▀", style=style)
+        text.append("\n")
     for kind in (ALL, SOME, NONE):
-        style = ({**COLOURS, NONE: _DARK_NONE})[kind] if colour else ""
-        text.append("█ " if colour else f"{_GLYPHS[kind]} ", style=style)
+        text.append("█ ", style=colours[kind])
         text.append(f"{LABELS[kind]}   ")
+    text.rstrip()
     return text
+
+
+def _in_glyphs(classes: np.ndarray, scale: int) -> Any:
+    from rich.text import Text
+
+    # A character is twice as high as it is wide.
+    rows = _merge(classes, 2 * scale, scale)
+    lines = ["".join(_GLYPHS[int(value)] for value in row) for row in rows]
+    legend = "   ".join(f"{_GLYPHS[kind]} {LABELS[kind]}" for kind in (ALL, SOME, NONE))
+    return Text("\n".join([*lines, legend]))
 
 
 def _pairs_image(mask: Mask, q_len: int | None, kv_len: int | None, place: tuple) -> np.ndarray:

@@ -163,6 +163,8 @@ def _with_autograd(function: type) -> Any:
             isinstance(x, Tensor) and x.requires_grad for x in inputs
         ):
             return function.forward(*inputs)  # type: ignore[attr-defined]
+        if not torch._C._are_functorch_transforms_active():
+            return apply(*inputs)
         with enable_single_level_autograd_function():
             return apply(*inputs)
 

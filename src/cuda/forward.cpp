@@ -19,7 +19,8 @@ constexpr KernelFamily kForward{"forward",
                                 true,
                                 static_cast<int>(sizeof(ForwardParams))};
 
-// ---- variants ------------------------------------------------------------------------------------
+// ---- variants
+// ------------------------------------------------------------------------------------
 
 constexpr int padded(int64_t depth) {
   return depth <= 64 ? 64 : depth <= 128 ? 128 : depth <= 192 ? 192 : 256;
@@ -96,8 +97,8 @@ static_assert(variants_fit());
 KernelConfig kernel_config(const ForwardConfig& c) {
   KernelConfig config;
   config.family = &kForward;
-  config.values = {c.half,      c.depth,     c.value_depth,    c.warpgroups,    c.columns,
-                   c.k_stages,  c.v_stages,  c.bit_slots,      c.overlap,       c.pieces,
+  config.values = {c.half,      c.depth,          c.value_depth,   c.warpgroups, c.columns,
+                   c.k_stages,  c.v_stages,       c.bit_slots,     c.overlap,    c.pieces,
                    c.mask_path, c.math_registers, c.load_registers};
   config.count = 13;
   config.threads = c.threads();
@@ -106,7 +107,8 @@ KernelConfig kernel_config(const ForwardConfig& c) {
 }
 static_assert(sizeof(ForwardConfig) == 13 * sizeof(int32_t));
 
-// ---- parameters ------------------------------------------------------------------------------------
+// ---- parameters
+// ------------------------------------------------------------------------------------
 
 // The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
 TensorMapBytes tensor_map(const Tensor& t, int rows) {
@@ -139,8 +141,7 @@ int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
       std::max<int64_t>(1, problem.kv_len * (problem.head_dim + problem.v_head_dim) * 2);
   const int64_t kv_heads = std::max<int64_t>(1, l2_bytes * 2 / 5 / bytes);
   const int64_t pairs = problem.batch * problem.q_heads;
-  return static_cast<int32_t>(
-      std::min(pairs, kv_heads * (problem.q_heads / problem.kv_heads)));
+  return static_cast<int32_t>(std::min(pairs, kv_heads * (problem.q_heads / problem.kv_heads)));
 }
 
 void check_layout(const Tensor& tensor, const char* name) {
@@ -210,8 +211,7 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   // Masked scores are -inf, so the factor must be above 0: its sign goes to the scores, and a scale
   // of 0 becomes one that leaves nothing of any score.
   constexpr double kLog2E = 1.4426950408889634;
-  params.scale_log2 =
-      static_cast<float>(std::max(std::abs(call.scale), 1e-30) * kLog2E);
+  params.scale_log2 = static_cast<float>(std::max(std::abs(call.scale), 1e-30) * kLog2E);
   params.negate = call.scale < 0 ? 1 : 0;
   params.pairs = static_cast<int32_t>(problem.batch * problem.q_heads);
   params.chunk = chunk_of(problem, gpu(ordinal).l2_bytes);

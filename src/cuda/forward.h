@@ -17,8 +17,9 @@ plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim);
 struct ForwardCall {
   Tensor q, k, v, out;  // [batch, length, heads, depth], f16 or bf16, any sizes; validated
   Tensor lse;           // [batch, q_heads, q_len] f32, contiguous; or "none"
-  const rules::Program* program;  // dense leaves packed; with a key order, k and v are in that order
-  plan::TileMap rows;             // row map in forward_tile_shape
+  const rules::Program*
+      program;         // dense leaves packed; with a key order, k and v are in that order
+  plan::TileMap rows;  // row map in forward_tile_shape
   double scale;
   void* workspace;  // kForwardWorkspaceBytes, nobody else's until the work is done
 };

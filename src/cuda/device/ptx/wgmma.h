@@ -36,7 +36,7 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// ---- matrix descriptors (128-byte swizzle) ---------------------------------------------------------
+// ---- matrix descriptors (128-byte swizzle) -----------------------------------------------------
 
 // The lower word holds address and leading byte offset, the upper one stride byte offset and
 // swizzle, the same for all tiles here: so only lower words are computed and kept.
@@ -55,7 +55,7 @@ __device__ __forceinline__ uint32_t lower_mn_major(const void* tile, int slab_by
   return (shared_address(tile) >> 4) | (static_cast<uint32_t>(slab_bytes >> 4) << 16);
 }
 
-// ---- the products --------------------------------------------------------------------------------
+// ---- the products ------------------------------------------------------------------------------
 
 // Wgmma<E, N>::product_ss: A and B from shared memory, both K-major.
 // Wgmma<E, N>::product_rs: A from registers, B from shared memory, MN-major.
@@ -80,8 +80,7 @@ struct Wgmma;
 #define ANYMASK_TEXT_14 "%112, %113, %114, %115, %116, %117, %118, %119"
 #define ANYMASK_TEXT_15 "%120, %121, %122, %123, %124, %125, %126, %127"
 
-#define ANYMASK_TEXT_N64 \
-  ANYMASK_TEXT_0 ", " ANYMASK_TEXT_1 ", " ANYMASK_TEXT_2 ", " ANYMASK_TEXT_3
+#define ANYMASK_TEXT_N64 ANYMASK_TEXT_0 ", " ANYMASK_TEXT_1 ", " ANYMASK_TEXT_2 ", " ANYMASK_TEXT_3
 #define ANYMASK_TEXT_N80 ANYMASK_TEXT_N64 ", " ANYMASK_TEXT_4
 #define ANYMASK_TEXT_N96 ANYMASK_TEXT_N80 ", " ANYMASK_TEXT_5
 #define ANYMASK_TEXT_N112 ANYMASK_TEXT_N96 ", " ANYMASK_TEXT_6
@@ -89,11 +88,11 @@ struct Wgmma;
 #define ANYMASK_TEXT_N160 ANYMASK_TEXT_N128 ", " ANYMASK_TEXT_8 ", " ANYMASK_TEXT_9
 #define ANYMASK_TEXT_N176 ANYMASK_TEXT_N160 ", " ANYMASK_TEXT_10
 #define ANYMASK_TEXT_N192 ANYMASK_TEXT_N176 ", " ANYMASK_TEXT_11
-#define ANYMASK_TEXT_N256                                                         \
+#define ANYMASK_TEXT_N256                                                          \
   ANYMASK_TEXT_N192 ", " ANYMASK_TEXT_12 ", " ANYMASK_TEXT_13 ", " ANYMASK_TEXT_14 \
                     ", " ANYMASK_TEXT_15
 
-#define ANYMASK_D8(i)                                                                       \
+#define ANYMASK_D8(i)                                                                         \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define ANYMASK_D_N64 ANYMASK_D8(0), ANYMASK_D8(8), ANYMASK_D8(16), ANYMASK_D8(24)
@@ -108,32 +107,32 @@ struct Wgmma;
   ANYMASK_D_N192, ANYMASK_D8(96), ANYMASK_D8(104), ANYMASK_D8(112), ANYMASK_D8(120)
 
 // r: accumulators a thread (N / 2); r1..r5: r + 1 .. r + 5, the operands that follow them.
-#define ANYMASK_WGMMA(E, TYPE, N, r, r1, r2, r3, r4, r5)                                          \
+#define ANYMASK_WGMMA(E, TYPE, N, r, r1, r2, r3, r4, r5)                                         \
   template <>                                                                                    \
   struct Wgmma<Element::E, N> {                                                                  \
     static __device__ __forceinline__ void product_ss(float (&d)[N / 2], uint64_t a, uint64_t b, \
                                                       bool accumulate) {                         \
-      asm volatile(                                                                              \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %" #r2 ", 0;\n"                                      \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                        \
-          " {" ANYMASK_TEXT_N##N "}, %" #r ", %" #r1 ", p, 1, 1, 0, 0;\n}"                       \
-          : ANYMASK_D_N##N                                                                       \
-          : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                                  \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r2                                      \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
+                   " {" ANYMASK_TEXT_N##N "}, %" #r ", %" #r1 ", p, 1, 1, 0, 0;\n}"              \
+                   : ANYMASK_D_N##N                                                              \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                         \
     }                                                                                            \
     static __device__ __forceinline__ void product_rs(float (&d)[N / 2], const uint32_t* a,      \
                                                       uint64_t b, bool accumulate) {             \
-      asm volatile(                                                                              \
-          "{\n.reg .pred p;\nsetp.ne.b32 p, %" #r5 ", 0;\n"                                      \
-          "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE                        \
-          " {" ANYMASK_TEXT_N##N "}, {%" #r ", %" #r1 ", %" #r2 ", %" #r3 "}, %" #r4             \
-          ", p, 1, 1, 1;\n}"                                                                     \
-          : ANYMASK_D_N##N                                                                       \
-          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                                  \
-            "r"(static_cast<int>(accumulate)));                                                  \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r5                                      \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
+                   " {" ANYMASK_TEXT_N##N "}, {%" #r ", %" #r1 ", %" #r2 ", %" #r3 "}, %" #r4    \
+                                          ", p, 1, 1, 1;\n}"                                     \
+                   : ANYMASK_D_N##N                                                              \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                         \
+                     "r"(static_cast<int>(accumulate)));                                         \
     }                                                                                            \
   };
-#define ANYMASK_WGMMA_TYPES(N, r, r1, r2, r3, r4, r5)           \
-  ANYMASK_WGMMA(kBf16, "bf16", N, r, r1, r2, r3, r4, r5)        \
+#define ANYMASK_WGMMA_TYPES(N, r, r1, r2, r3, r4, r5)    \
+  ANYMASK_WGMMA(kBf16, "bf16", N, r, r1, r2, r3, r4, r5) \
   ANYMASK_WGMMA(kF16, "f16", N, r, r1, r2, r3, r4, r5)
 
 ANYMASK_WGMMA_TYPES(64, 32, 33, 34, 35, 36, 37)

@@ -17,6 +17,7 @@ struct BackwardConfig {
   int32_t depth;        // head dimension of q and k, padded: 64, 128, 256
   int32_t value_depth;  // head dimension of v and out, padded likewise; wide: equal to depth
   int32_t wide;         // 0: a warpgroup owns 64 of 128 keys; 1: half of the depth of 64 keys
+  int32_t k_stages;     // tiles of K: 2 where the next item's may come early
   int32_t q_stages;     // tiles of Q in shared memory
   int32_t o_stages;     // tiles of dO
   int32_t staged;       // dQ leaves 1: through shared memory, by the copy engine; 0: from registers
@@ -24,6 +25,7 @@ struct BackwardConfig {
   int32_t bit_slots;    // partial tiles whose bits are in shared memory
   int32_t machine;      // 1: mask bits by the postfix machine, for programs without a recipe
   int32_t slope_operand;  // A of dK = dS^T Q comes 0: from registers; 1: from shared memory
+  int32_t late_scores;    // the next S is issued 0: before dQ and dK; 1: after them
   int32_t math_registers;
   int32_t load_registers;
 
@@ -36,7 +38,7 @@ struct BackwardConfig {
   // and mask bits, the keys' runs, and 2 KiB for barriers, alignment and the like.
   constexpr int shared_bytes() const {
     const int keys = columns();
-    return (keys + kBackwardRows * q_stages) * depth * 2 +
+    return (keys * k_stages + kBackwardRows * q_stages) * depth * 2 +
            (keys + kBackwardRows * o_stages) * value_depth * 2 +
            (wide != 0 ? 2 : 1) * keys * kBackwardRows * 2 +
            (staged != 0 ? kBackwardRows * depth * 4 : 0) + q_stages * kBackwardRows * 8 +

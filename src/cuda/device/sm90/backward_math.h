@@ -35,10 +35,11 @@ struct BackwardMath {
   const int warp;  // in the warpgroup
   const int lane;
 
+  Ring<C.k_stages> k_ring;
   Ring<C.q_stages> q_ring;
   Ring<C.o_stages> o_ring;
   Ring<C.bit_slots> bit_ring;
-  uint32_t kv_parity = 0;
+  uint32_t v_parity = 0;       // of v_full
   uint32_t slopes_parity = 1;  // of slopes_empty
   uint32_t q_grad_parity = 1;  // of q_grad_empty
 
@@ -54,7 +55,7 @@ struct BackwardMath {
   template <int kDepth>
   __device__ __forceinline__ void issue_piece(float (&to)[kPieceValues], const void* keys,
                                               const void* queries) {
-    const uint32_t a = ptx::lower_k_major(keys) + w * (64 * kSlabRowBytes / 16);
+    const uint32_t a = ptx::opaque(ptx::lower_k_major(keys) + w * (64 * kSlabRowBytes / 16));
     const uint32_t b = ptx::lower_k_major(queries);
     ptx::pin(to);
     ptx::wgmma_fence();
@@ -105,7 +106,7 @@ struct BackwardMath {
   __device__ __forceinline__ void issue_q_grad(float (&q_grad)[kSumValues]) {
     constexpr int kParts = kSlabColumns / C.part_depth();  // parts of a slab: 1, or 2 at D = 64
     const uint32_t a = ptx::lower_mn_major(shared.slopes, kKeySlabBytes);
-    const uint32_t b = ptx::lower_mn_major(shared.k[w / kParts], kKeySlabBytes) +
+    const uint32_t b = ptx::lower_mn_major(shared.k[k_ring.slot][w / kParts], kKeySlabBytes) +
                        (w % kParts) * (C.part_depth() * 2 / 16);
     ptx::pin(q_grad);
     ptx::wgmma_fence();
@@ -183,16 +184,42 @@ struct BackwardMath {
     }
   }
 
+  // dV leaves while the last dQ and dK run; dK when everything is done.
+  __device__ __forceinline__ void store_v_grad(const BackwardItem& item,
+                                               const float (&v_grad)[C.value_depth / 2]) {
+    uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
+                   item.kv_head * p.v_grad_head_stride;
+    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, key_order(p, item),
+                      item.key_tile * C.columns() + 64 * w, p.kv_len, p.value_depth, warp, lane);
+  }
+
+  __device__ __forceinline__ void store_k_grad(const BackwardItem& item,
+                                               const float (&k_grad)[C.depth / 2]) {
+    uint16_t* to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
+                   item.kv_head * p.k_grad_head_stride;
+    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, key_order(p, item),
+                      item.key_tile * C.columns() + 64 * w, p.kv_len, p.depth, warp, lane);
+  }
+
   // ---- an item ----
 
   __device__ __forceinline__ void issue_scores(float (&scores)[kPieceValues]) {
     shared.q_full[q_ring.slot].wait(q_ring.parity);
-    issue_piece<C.depth>(scores, shared.k, shared.q[q_ring.slot]);
+    issue_piece<C.depth>(scores, shared.k[k_ring.slot], shared.q[q_ring.slot]);
+    ptx::wgmma_commit();
   }
 
   __device__ __forceinline__ void issue_weight_grads(float (&weight_grads)[kPieceValues]) {
     shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
     issue_piece<C.value_depth>(weight_grads, shared.v, shared.out_grad[o_ring.slot]);
+    ptx::wgmma_commit();
+  }
+
+  // When dV is done with its operands.
+  __device__ __forceinline__ void release_out_grad(uint32_t (&weights)[kPieceValues / 2]) {
+    ptx::pin(weights);
+    arrive(shared.out_grad_empty[o_ring.slot]);
+    o_ring.next();
   }
 
   // One row tile. On entry its S is ready and its dP issued; kMore: on return so are those of
@@ -200,9 +227,9 @@ struct BackwardMath {
   //
   // Some wait has to be for everything, or the compiler loses track of what is in flight from one
   // turn of the loop to the next and serialises all products (C7514): it is the one for dP, behind
-  // which nothing is queued but what the weight_grads warpgroup has.
+  // which nothing is queued but what the other warpgroup has.
   template <bool kMore>
-  __device__ __forceinline__ void one_step(float (&scores)[kPieceValues],
+  __device__ __forceinline__ void one_step(const BackwardItem& item, float (&scores)[kPieceValues],
                                            float (&weight_grads)[kPieceValues],
                                            float (&k_grad)[C.depth / 2],
                                            float (&v_grad)[C.value_depth / 2]) {
@@ -215,31 +242,33 @@ struct BackwardMath {
     make_weights(step, now, scores, weights);
     ptx::wgmma_wait<0>();  // dP
     ptx::pin(weight_grads);
+    if constexpr (!kMore) arrive(shared.v_empty);
     issue_v_grad(v_grad, weights, o_ring.slot);
     make_slopes(now, scores, weight_grads, weights, slopes);
-    if constexpr (kMore) {
-      issue_scores(scores);
-      ptx::wgmma_commit();
-    }
+    if constexpr (kMore && C.late_scores == 0) issue_scores(scores);
     publish_slopes(slopes);
-    ptx::wgmma_wait<kMore ? 1 : 0>();  // dV
-    ptx::pin(weights);
-    arrive(shared.out_grad_empty[o_ring.slot]);
-    o_ring.next();
+    if constexpr (C.late_scores == 0) {
+      ptx::wgmma_wait<kMore ? 1 : 0>();  // dV
+      release_out_grad(weights);
+    }
     float q_grad[kSumValues];
     issue_q_grad(q_grad);
     issue_k_grad(k_grad, slopes, now);
-    ptx::wgmma_wait<1>();  // all but dK
+    if constexpr (kMore && C.late_scores != 0) issue_scores(scores);
+    ptx::wgmma_wait<kMore && C.late_scores != 0 ? 2 : 1>();  // dV and dQ
     ptx::pin(q_grad);
+    if constexpr (C.late_scores != 0) release_out_grad(weights);
     if constexpr (C.slope_operand == 0) arrive(shared.slopes_empty);
     send_q_grad(step, q_grad);
     if constexpr (kMore) {
       issue_weight_grads(weight_grads);
-      ptx::wgmma_commit();
-      ptx::wgmma_wait<1>();  // dK
+      ptx::wgmma_wait<1>();  // all but dP
+      ptx::pin(scores);
     } else {
-      ptx::wgmma_wait<0>();
+      arrive(shared.k_empty[k_ring.slot]);
       ptx::pin(v_grad);
+      store_v_grad(item, v_grad);
+      ptx::wgmma_wait<0>();
     }
     ptx::pin(k_grad);
     ptx::pin(slopes);
@@ -247,40 +276,23 @@ struct BackwardMath {
     if constexpr (C.slope_operand != 0) arrive(shared.slopes_empty);
   }
 
-  __device__ __forceinline__ void all_steps(int steps, float (&k_grad)[C.depth / 2],
+  __device__ __forceinline__ void all_steps(const BackwardItem& item, float (&k_grad)[C.depth / 2],
                                             float (&v_grad)[C.value_depth / 2]) {
     float scores[kPieceValues];        // S, then P
     float weight_grads[kPieceValues];  // dP
-    shared.k_full.wait(kv_parity);
+    shared.k_full[k_ring.slot].wait(k_ring.parity);
     issue_scores(scores);
-    ptx::wgmma_commit();
-    shared.v_full.wait(kv_parity);
-    kv_parity ^= 1;
+    shared.v_full.wait(v_parity);
+    v_parity ^= 1;
     issue_weight_grads(weight_grads);
-    ptx::wgmma_commit();
     ptx::wgmma_wait<1>();
     ptx::pin(scores);
     // The last step is a copy of its own: a product issued under an `if` makes the compiler
     // serialise them all.
 #pragma unroll 1
-    for (int t = 1; t < steps; ++t) one_step<true>(scores, weight_grads, k_grad, v_grad);
-    one_step<false>(scores, weight_grads, k_grad, v_grad);
-    arrive(shared.kv_empty);
-  }
-
-  __device__ __forceinline__ void store(const BackwardItem& item,
-                                        const float (&k_grad)[C.depth / 2],
-                                        const float (&v_grad)[C.value_depth / 2]) {
-    const int first = item.key_tile * C.columns() + 64 * w;
-    const int32_t* order = key_order(p, item);
-    uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
-                   item.kv_head * p.v_grad_head_stride;
-    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, order, first, p.kv_len, p.value_depth,
-                      warp, lane);
-    to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
-         item.kv_head * p.k_grad_head_stride;
-    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, order, first, p.kv_len, p.depth,
-                      warp, lane);
+    for (int t = 1; t < item.steps; ++t) one_step<true>(item, scores, weight_grads, k_grad, v_grad);
+    one_step<false>(item, scores, weight_grads, k_grad, v_grad);
+    k_ring.next();
   }
 
   // ---- the story ----
@@ -300,8 +312,12 @@ struct BackwardMath {
       for (int i = 0; i < C.depth / 2; ++i) k_grad[i] = 0.0f;
 #pragma unroll
       for (int i = 0; i < C.value_depth / 2; ++i) v_grad[i] = 0.0f;
-      if (item.steps > 0) all_steps(item.steps, k_grad, v_grad);
-      store(item, k_grad, v_grad);
+      if (item.steps > 0) {
+        all_steps(item, k_grad, v_grad);
+      } else {
+        store_v_grad(item, v_grad);
+      }
+      store_k_grad(item, k_grad);
     }
   }
 };

@@ -21,7 +21,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   Ring<C.o_stages> o_ring;
   Ring<C.bit_slots> bit_ring;
   Ring<kSentSlots> sent_ring;
-  uint32_t kv_parity = 1;
+  Ring<C.k_stages> k_ring;
+  uint32_t v_parity = 1;  // of v_empty
   // A slot is free when the math warps have read its bits.
   auto ask_for_bits = [&](const BitRequest& request) {
     shared.bits_empty[bit_ring.slot].wait(bit_ring.parity ^ 1);
@@ -30,6 +31,32 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       shared.request_full[bit_ring.slot].arrive();
     }
     bit_ring.next();
+  };
+
+  auto load_k = [&](const BackwardItem& item) {
+    shared.k_empty[k_ring.slot].wait(k_ring.parity ^ 1);
+    if (lane == 0) {
+      ptx::Barrier& full = shared.k_full[k_ring.slot];
+      full.arrive_expect(Shared::kKBytes);
+#pragma unroll
+      for (int slab = 0; slab < Shared::kSlabs; ++slab) {
+        ptx::load_box(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
+                      item.key_tile * C.columns(), item.kv_head, item.batch);
+      }
+    }
+    k_ring.next();
+  };
+  auto load_v = [&](const BackwardItem& item) {
+    shared.v_empty.wait(v_parity);
+    v_parity ^= 1;
+    if (lane == 0) {
+      shared.v_full.arrive_expect(Shared::kVBytes);
+#pragma unroll
+      for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
+        ptx::load_box(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns,
+                      item.key_tile * C.columns(), item.kv_head, item.batch);
+      }
+    }
   };
 
   for (int index = blockIdx.x;; items.next()) {
@@ -89,26 +116,13 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         }
         o_ring.next();
 
-        // K and V of the item before are in use until its last product: Q and dO go ahead of them.
+        // Of the item before, V is in use until the last dP and K until the last dQ: Q and dO go
+        // ahead of them, and V ahead of a K that has to wait for its place.
         if (!first) return;
         first = false;
-        shared.kv_empty.wait(kv_parity);
-        kv_parity ^= 1;
-        if (lane == 0) {
-          const int column = item.key_tile * C.columns();
-          shared.k_full.arrive_expect(Shared::kKBytes);
-#pragma unroll
-          for (int slab = 0; slab < Shared::kSlabs; ++slab) {
-            ptx::load_box(shared.k[slab], &p.k, shared.k_full, slab * kSlabColumns, column,
-                          item.kv_head, item.batch);
-          }
-          shared.v_full.arrive_expect(Shared::kVBytes);
-#pragma unroll
-          for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
-            ptx::load_box(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns, column,
-                          item.kv_head, item.batch);
-          }
-        }
+        if constexpr (C.k_stages > 1) load_k(item);
+        load_v(item);
+        if constexpr (C.k_stages == 1) load_k(item);
       });
     }
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);

@@ -53,7 +53,7 @@ struct BackwardShared {
   static constexpr int kTileRowBytes = kBackwardRows * kSlabRowBytes;  // a slab of 64 rows
   static constexpr int kStagedBytes = C.staged != 0 ? kBackwardRows * C.part_depth() * 4 : 16;
 
-  alignas(1024) uint8_t k[kSlabs][kColumns * kSlabRowBytes];
+  alignas(1024) uint8_t k[C.k_stages][kSlabs][kColumns * kSlabRowBytes];
   alignas(1024) uint8_t v[kValueSlabs][kColumns * kSlabRowBytes];
   alignas(1024) uint8_t q[C.q_stages][kSlabs][kTileRowBytes];
   alignas(1024) uint8_t out_grad[C.o_stages][kValueSlabs][kTileRowBytes];
@@ -66,7 +66,7 @@ struct BackwardShared {
 
   int32_t runs[C.machine != 0 ? 1 : kRunEnds][kColumns];  // a lane reads only what it wrote
 
-  ptx::Barrier k_full, v_full, kv_empty;
+  ptx::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full, v_empty;
   ptx::Barrier q_full[C.q_stages], q_empty[C.q_stages];
   ptx::Barrier out_grad_full[C.o_stages], out_grad_empty[C.o_stages];
   ptx::Barrier slopes_empty, weights_empty;
@@ -91,9 +91,12 @@ struct BackwardShared {
   static constexpr uint32_t kOutGradBytes = kBackwardRows * C.value_depth * 2;
 
   __device__ __forceinline__ void init() {
-    k_full.init(1);
+    for (int s = 0; s < C.k_stages; ++s) {
+      k_full[s].init(1);
+      k_empty[s].init(kMathArrivals);
+    }
     v_full.init(1);
-    kv_empty.init(kMathArrivals);
+    v_empty.init(kMathArrivals);
     for (int s = 0; s < C.q_stages; ++s) {
       q_full[s].init(1);
       q_empty[s].init(kMathArrivals);

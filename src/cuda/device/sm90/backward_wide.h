@@ -49,7 +49,7 @@ struct BackwardWide {
   __device__ __forceinline__ void issue_piece(float (&piece)[kPieceValues]) {
     shared.q_full[q_ring.slot].wait(q_ring.parity);
     shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
-    const uint32_t a = w == 0 ? ptx::lower_k_major(shared.k) : ptx::lower_k_major(shared.v);
+    const uint32_t a = w == 0 ? ptx::lower_k_major(shared.k[0]) : ptx::lower_k_major(shared.v);
     const uint32_t b = w == 0 ? ptx::lower_k_major(shared.q[q_ring.slot])
                               : ptx::lower_k_major(shared.out_grad[o_ring.slot]);
     ptx::pin(piece);
@@ -81,7 +81,7 @@ struct BackwardWide {
   __device__ __forceinline__ void issue_q_grad(float (&q_grad)[kPart / 2]) {
     const uint32_t a = ptx::lower_mn_major(shared.slopes, kSlabBytes);
     const uint32_t b =
-        ptx::lower_mn_major(shared.k, kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
+        ptx::lower_mn_major(shared.k[0], kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
     ptx::pin(q_grad);
     ptx::wgmma_fence();
 #pragma unroll
@@ -177,14 +177,15 @@ struct BackwardWide {
   __device__ __forceinline__ void all_steps(int steps, float (&k_grad)[kPart / 2],
                                             float (&v_grad)[kPart / 2]) {
     float piece[kPieceValues];  // S, then P; or dP
-    shared.k_full.wait(kv_parity);
+    shared.k_full[0].wait(kv_parity);
     shared.v_full.wait(kv_parity);
     kv_parity ^= 1;
     issue_piece(piece);
 #pragma unroll 1
     for (int t = 1; t < steps; ++t) one_step<true>(piece, k_grad, v_grad);
     one_step<false>(piece, k_grad, v_grad);
-    arrive(shared.kv_empty);
+    arrive(shared.k_empty[0]);
+    arrive(shared.v_empty);
   }
 
   __device__ __forceinline__ void store(const BackwardItem& item, const float (&k_grad)[kPart / 2],

@@ -22,8 +22,10 @@ __device__ __forceinline__ void forward_kernel(const ForwardParams& p) {
 
   if (threadIdx.x == 0) {
     ptx::prefetch_map(&p.q);
-    ptx::prefetch_map(&p.k);
-    ptx::prefetch_map(&p.v);
+    if (p.kv_len > 0) {  // else there are no maps of them
+      ptx::prefetch_map(&p.k);
+      ptx::prefetch_map(&p.v);
+    }
     shared.init();
   }
   __syncthreads();

@@ -33,8 +33,8 @@ struct ForwardConfig {
 
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr int rows() const { return 64 * warpgroups; }
-  // A strip (the rows of one warpgroup) works on as few blocks of 64 columns of a partial tile as it
-  // sees anything in; tiles of other widths are one block.
+  // A strip (the rows of one warpgroup) works on as few blocks of 64 columns of a partial tile as
+  // it sees anything in; tiles of other widths are one block.
   constexpr int block_columns() const { return columns % 64 == 0 && !overlap ? 64 : columns; }
   constexpr int blocks() const { return columns / block_columns(); }
   constexpr int threads() const { return 128 * (warpgroups + 1); }
@@ -57,7 +57,7 @@ struct alignas(64) TensorMapBytes {
 // one bitmap and one pair of ids needs no postfix machine: per column, three runs of rows say all
 // but the bitmap and the ids. Indices are of program nodes, -1: none.
 struct RunRecipe {
-  int32_t usable;  // 0: the program has ids, or needs the machine
+  int32_t usable;            // 0: the program has ids, or needs the machine
   int32_t band_lo, band_hi;  // of all bands together
   int32_t intervals;
   int32_t segments;
@@ -84,12 +84,23 @@ inline RunRecipe recipe_of(const rules::Program& program) {
         recipe.band_lo = rules::max_of(recipe.band_lo, node.lo);
         recipe.band_hi = rules::min_of(recipe.band_hi, node.hi);
         continue;
-      case Op::kIntervals: slot = &recipe.intervals; break;
-      case Op::kSegments: slot = &recipe.segments; break;
-      case Op::kPrefix: slot = &recipe.prefix; break;
-      case Op::kBits: slot = &recipe.bits; break;
-      case Op::kIds: slot = &recipe.ids; break;
-      default: break;
+      case Op::kIntervals:
+        slot = &recipe.intervals;
+        break;
+      case Op::kSegments:
+        slot = &recipe.segments;
+        break;
+      case Op::kPrefix:
+        slot = &recipe.prefix;
+        break;
+      case Op::kBits:
+        slot = &recipe.bits;
+        break;
+      case Op::kIds:
+        slot = &recipe.ids;
+        break;
+      default:
+        break;
     }
     if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, -1};
     *slot = i;
@@ -100,7 +111,7 @@ inline RunRecipe recipe_of(const rules::Program& program) {
 
 struct ForwardParams {
   TensorMapBytes q;  // dimensions: depth, length, heads, batch
-  TensorMapBytes k;
+  TensorMapBytes k;  // unset where kv_len is 0
   TensorMapBytes v;
 
   void* out;

@@ -1,5 +1,5 @@
-// The loading warp of the Hopper forward kernel: draws items, publishes them to the other warps, and
-// copies Q, K and V to shared memory.
+// The loading warp of the Hopper forward kernel: draws items, publishes them to the other warps,
+// and copies Q, K and V to shared memory.
 #pragma once
 
 #include "cuda/device/ptx/registers.h"
@@ -27,8 +27,8 @@ struct LoadWarp {
   uint32_t q_parity = 0;  // a bit per warpgroup
   uint32_t q_wanted = 0;  // warpgroups whose Q of this item is still to be loaded
 
-  // A warpgroup frees its Q when its own last Q K^T of the item before is done, and they are done at
-  // different times: so Q is loaded whenever one frees it, while this warp waits for other things.
+  // A warpgroup frees its Q when its own last Q K^T of the item before is done, and they are done
+  // at different times: so Q is loaded whenever one frees it, while this warp waits for others.
   __device__ __forceinline__ void load_freed_q() {
 #pragma unroll 1
     for (int w = 0; w < C.warpgroups; ++w) {
@@ -134,8 +134,8 @@ struct LoadWarp {
     next = {0, 0, 0, 0};
     int claimed = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x);
     do {
-      // Uniform, so that the copies' coordinates are: else each sits in a loop over the lanes, and a
-      // stage that came free waits for it.
+      // Uniform, so that the copies' coordinates are: else each sits in a loop over the lanes, and
+      // a stage that came free waits for it.
       item = {ptx::uniform(next.row_tile), ptx::uniform(next.batch), ptx::uniform(next.head),
               ptx::uniform(next.count)};
       kv_head = item.head / p.group_heads;

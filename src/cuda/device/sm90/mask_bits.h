@@ -40,7 +40,7 @@ __device__ __forceinline__ void transpose_bits(uint32_t& a, uint32_t& b, int lan
   }
 }
 
-// ---- one column ------------------------------------------------------------------------------------
+// ---- one column --------------------------------------------------------------------------------
 
 // What a recipe says of one column: rows [begin, end) less two masked runs.
 struct ColumnRuns {
@@ -53,9 +53,12 @@ __device__ __forceinline__ int holes_of(const ForwardParams& p) {
   if (p.recipe.intervals < 0) return 0;
   switch (static_cast<rules::IntervalForm>(p.program.nodes[p.recipe.intervals].flag)) {
     case rules::IntervalForm::kFrom:
-    case rules::IntervalForm::kOutside: return 0;
-    case rules::IntervalForm::kRun: return 1;
-    default: return 2;
+    case rules::IntervalForm::kOutside:
+      return 0;
+    case rules::IntervalForm::kRun:
+      return 1;
+    default:
+      return 2;
   }
 }
 
@@ -174,7 +177,73 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
   }
 }
 
-// ---- one strip: 64 rows x the 32 columns of quad lane q ------------------------------------------------
+// ---- one column of any program ------------------------------------------------------------------
+
+// A leaf's words of a column. What does not depend on the rows is found once.
+template <int kWords>
+__device__ __forceinline__ void leaf_words(const rules::Node& node, rules::Place place, int key,
+                                           int first_row, int q_len, uint32_t (&words)[kWords]) {
+  switch (node.op) {
+    case rules::Op::kBand:
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int row = first_row + 32 * i;
+        words[i] = run_of(key - node.hi - row, key - node.lo + 1 - row);
+      }
+      break;
+    case rules::Op::kIntervals: {
+      const rules::MaskedRuns runs = rules::masked_runs(node, place, key);
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const int row = first_row + 32 * i;
+        words[i] = ~(run_of(runs.begin1 - row, runs.end1 - row) |
+                     run_of(runs.begin2 - row, runs.end2 - row));
+      }
+      break;
+    }
+    case rules::Op::kPrefix:
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = rules::prefix_word(node, place, key);
+      break;
+    default:
+#pragma unroll 1
+      for (int i = 0; i < kWords; ++i) {
+        const int row = first_row + 32 * i;
+        words[i] = row < q_len ? rules::leaf_word(node, place, key, row, q_len) : 0;
+      }
+  }
+}
+
+// The postfix machine for all words of a column at once. Its stack is in local memory: there are
+// no registers for it, and every word of a leaf is one store.
+template <int kWords>
+__device__ __forceinline__ void machine_words(const ForwardParams& p, rules::Place place, int key,
+                                              int first_row, uint32_t (&words)[kWords]) {
+  uint32_t stack[rules::kMaxDepth][kWords];
+  int depth = 0;
+#pragma unroll 1
+  for (int n = 0; n < p.program.count; ++n) {
+    const rules::Node& node = p.program.nodes[n];
+    if (node.op == rules::Op::kNot) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) stack[depth - 1][i] = ~stack[depth - 1][i];
+    } else if (node.op == rules::Op::kAnd || node.op == rules::Op::kOr) {
+      const bool both = node.op == rules::Op::kAnd;
+      --depth;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) {
+        const uint32_t a = stack[depth - 1][i], b = stack[depth][i];
+        stack[depth - 1][i] = both ? a & b : a | b;
+      }
+    } else {
+      leaf_words(node, place, key, first_row, p.q_len, stack[depth++]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) words[i] = stack[0][i];
+}
+
+// ---- one strip: 64 rows x the 32 columns of quad lane q ----------------------------------------
 
 // `upper`, `lower`: the words of this lane's column, for the strip's first and last 32 rows. Stores
 // the transposed words and the class byte. has_column: lanes beyond the tile's last column are
@@ -182,8 +251,7 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
 __device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool has_column,
                                             int lane, uint32_t* to, uint8_t* strip_class) {
   const uint32_t visible = __ballot_sync(0xffffffffu, (upper | lower) != 0);
-  const uint32_t hidden =
-      __ballot_sync(0xffffffffu, has_column && (upper & lower) != 0xffffffffu);
+  const uint32_t hidden = __ballot_sync(0xffffffffu, has_column && (upper & lower) != 0xffffffffu);
   if (visible != 0 && hidden != 0) {
     transpose_bits(upper, lower, lane);
   } else {
@@ -197,7 +265,7 @@ __device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool
   if (lane == 0) *strip_class = static_cast<uint8_t>(bits & 15);
 }
 
-// ---- the story of a bit-making warp, `index` of kBitWarps ------------------------------------------------
+// ---- the story of a bit-making warp, `index` of kBitWarps --------------------------------------
 
 template <ForwardConfig C>
 __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<C>& shared,
@@ -230,26 +298,15 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
           int key = column;
           if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
           column_words<C.masks()>(p, arrays, key, item_row, exists, lane, words);
+        } else if (exists) {
+          const rules::Place place = mask_place(p, item.batch, item.head);
+          machine_words(p, place, rules::key_at(p.program, place, column), item_row, words);
         }
         shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
-#pragma unroll(C.masks() != MaskPath::kMachine ? C.warpgroups : 1)
+#pragma unroll
         for (int w = 0; w < C.warpgroups; ++w) {
-          uint32_t upper = 0, lower = 0;
-          if constexpr (C.masks() != MaskPath::kMachine) {
-            upper = words[2 * w];
-            lower = words[2 * w + 1];
-          } else if (exists) {
-            const rules::Place place = mask_place(p, item.batch, item.head);
-            const int row = item_row + 64 * w;
-#pragma unroll 1
-            for (int half = 0; half < 2; ++half) {
-              upper = lower;
-              if (row + 32 * half < p.q_len) {
-                lower = rules::column_word(p.program, place, column, row + 32 * half);
-              }
-            }
-          }
-          store_strip(upper, lower, has_column, lane, &shared.bits[slots.slot][w][group][0][q],
+          store_strip(words[2 * w], words[2 * w + 1], has_column, lane,
+                      &shared.bits[slots.slot][w][group][0][q],
                       reinterpret_cast<uint8_t*>(&shared.classes[slots.slot][w][group]) + q);
         }
         __syncwarp();

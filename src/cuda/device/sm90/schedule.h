@@ -35,8 +35,7 @@ __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, co
     arrays.key_order = program.key_order + row * program.kv_len;
   }
   if (p.recipe.intervals >= 0) {
-    arrays.intervals =
-        rules::array_at<int32_t>(program.nodes[p.recipe.intervals].columns, place);
+    arrays.intervals = rules::array_at<int32_t>(program.nodes[p.recipe.intervals].columns, place);
   }
   if (p.recipe.segments >= 0) {
     arrays.segments = integers_at(program.nodes[p.recipe.segments].columns, place);
