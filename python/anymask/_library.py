@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -39,6 +40,10 @@ _PROTOTYPES = {
     "anymask_set_cpu_threads": "i",
     "anymask_cpu_threads": "p",
     "anymask_measure_cpu_peak": "ip",
+    "anymask_cuda_report": "pp",
+    "anymask_warm_up_cuda": "ip",
+    "anymask_add_cuda_library_folder": "s",
+    "anymask_set_cuda_package_cache": "s",
 }
 
 _EXCEPTIONS = {1: ValueError, 2: TypeError, 3: NotImplementedError, 4: RuntimeError}
@@ -80,12 +85,23 @@ def _load() -> ctypes.CDLL:
             function = getattr(lib, name)
             function.argtypes = [_TYPES[letter] for letter in letters]
             function.restype = ctypes.c_int32
+        _prepare_cuda(lib)
         return lib
     looked = ", ".join(str(path) for path in candidates())
     raise RuntimeError(
         f"anymask: {_NAME} was not found; looked at {looked}. Install the package (pip install .) "
         "or build the library with CMake and set ANYMASK_LIBRARY to its path."
     )
+
+
+def _prepare_cuda(lib: ctypes.CDLL) -> None:
+    """Tells the library where pip puts NVRTC, and where the package's own kernels are."""
+    folders = {entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages"))}
+    for folder in sorted(folders):
+        lib.anymask_add_cuda_library_folder(folder.encode())
+    kernels = Path(__file__).with_name("kernels")
+    if kernels.is_dir():
+        lib.anymask_set_cuda_package_cache(str(kernels).encode())
 
 
 def path() -> str:

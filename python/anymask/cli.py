@@ -1,4 +1,4 @@
-"""The command line: `anymask show`, `bench`, `doctor`, `demo`."""
+"""The command line: `anymask show`, `bench`, `doctor`, `warmup`, `demo`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,16 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="what was found on this machine")
     doctor.set_defaults(run=_doctor)
+
+    warmup = commands.add_parser(
+        "warmup",
+        help="compile the GPU kernels ahead of their first use",
+        description="Compiles every GPU kernel into the user cache. Needs NVRTC, but no GPU.",
+    )
+    warmup.add_argument(
+        "--capability", type=int, default=90, help="compute capability (default: 90, Hopper)"
+    )
+    warmup.set_defaults(run=_warmup)
     return parser
 
 
@@ -281,8 +291,56 @@ def _doctor(options: argparse.Namespace) -> int:
     table.add_row("system", f"{found['system']}, Python {found['python']}")
     table.add_row("NumPy", found["numpy"] or "not found")
     table.add_row("torch", _torch(found["torch"]))
+    for name, text in _cuda(machine.cuda_report()):
+        table.add_row(name, text)
     table.add_row("check", _self_check())
     console.print(table, highlight=False)
+    return 0
+
+
+def _cuda(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows about the CUDA backend: what is there, or what is missing."""
+    from rich.markup import escape
+
+    def version_or_problem(part: dict[str, Any]) -> str:
+        if "problem" in part:
+            problem = part["problem"].split(" Looked for:")[0]
+            return f"[yellow]{escape(problem)}[/]"
+        where = f" ({part['path']})" if "path" in part else ""
+        return f"version {part['version']}{where}"
+
+    rows = [("GPU driver", version_or_problem(found["driver"]))]
+    for gpu in found["gpus"]:
+        rows.append(
+            (
+                f"GPU {gpu['index']}",
+                f"{gpu['name']}, compute capability {gpu['capability']}, "
+                f"{gpu['multiprocessors']} multiprocessors, "
+                f"{gpu['memory_bytes'] / 2**30:.0f} GiB",
+            )
+        )
+    rows.append(("GPU compiler", version_or_problem(found["compiler"])))
+    for name, title in (("package_cache", "shipped kernels"), ("user_cache", "kernel cache")):
+        cache = found.get(name) or {}
+        if cache.get("path"):
+            rows.append(
+                (
+                    title,
+                    f"{cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB, {cache['path']}",
+                )
+            )
+    return rows
+
+
+def _warmup(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from anymask import machine
+
+    console = Console()
+    with console.status("compiling GPU kernels"):
+        kernels = machine.warm_up_cuda(options.capability)
+    console.print(f"{kernels} kernels for compute capability {options.capability} are ready")
     return 0
 
 

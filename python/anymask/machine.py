@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import platform
 from importlib import metadata
@@ -70,6 +71,22 @@ def measure_cpu_peak(dtype: str) -> float:
     code = _tensors.DTYPE_CODES[_tensors.dtype_name(dtype)]
     call("anymask_measure_cpu_peak", code, ctypes.byref(gflops))
     return gflops.value
+
+
+def cuda_report() -> dict[str, Any]:
+    """What the CUDA backend found: driver, gpus, compiler, package_cache, user_cache, kernels."""
+    size = ctypes.c_int64(1 << 16)
+    buffer = ctypes.create_string_buffer(size.value)
+    call("anymask_cuda_report", buffer, ctypes.byref(size))
+    return json.loads(buffer.value)
+
+
+def warm_up_cuda(capability: int = 90) -> int:
+    """Compiles every kernel for GPUs of a compute capability (90 for 9.0) into the user cache,
+    unless a cache has it; returns how many there are. Needs NVRTC, no GPU."""
+    kernels = ctypes.c_int32()
+    call("anymask_warm_up_cuda", capability, ctypes.byref(kernels))
+    return kernels.value
 
 
 def package_version(name: str) -> str | None:

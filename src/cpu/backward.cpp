@@ -24,6 +24,11 @@ namespace {
 // most (or two key-value heads' worth, if that is more), handed from head to head.
 constexpr int64_t kSumBytes = int64_t{64} << 20;
 
+// Neighbouring tasks belong to different heads where there are several, so that a task's turn has
+// mostly come before it asks: with the tasks of one head side by side, a thread that the system
+// interrupts holds up all others.
+constexpr int64_t kWaveHeads = 16;
+
 constexpr size_t kWordsBytes = kTileWords * sizeof(uint32_t);
 
 void wait_for(const std::atomic<int32_t>& counter, int32_t value) {
@@ -70,6 +75,7 @@ class Backward {
   const int64_t sum_size_;  // bytes of a sum's element
   bool own_sums_ = false;   // 16-bit types: dq is summed in sums_
   int64_t slots_ = 1;       // key-value heads whose sums fit into sums_
+  int64_t wave_ = 1;        // key-value heads worked on at a time
   const int team_ = threads();
   Memory sums_, delta_, scratch_;
   size_t kernel_bytes_ = 0, k_bytes_ = 0, v_bytes_ = 0, thread_bytes_ = 0;
@@ -102,11 +108,13 @@ Backward::Backward(const BackwardCall& call)
   v_bytes_ = page_up(gathered_bytes(call.v, tile_keys_));
   thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_;
   scratch_ = allocate(thread_bytes_ * static_cast<size_t>(team_));
+  wave_ = std::clamp<int64_t>(batch_ * kv_heads_, 1, kWaveHeads);
   if (own_sums_) {
     const int64_t slot = std::max<int64_t>(1, group_ * q_len_ * head_dim_ * 4);
     const int64_t heads = std::max<int64_t>(1, batch_ * kv_heads_);
     slots_ = std::min(heads, std::max<int64_t>(2, kSumBytes / slot));
     sums_ = allocate(static_cast<size_t>(slots_ * slot));
+    wave_ = std::min(wave_, slots_);
   }
 }
 
@@ -133,8 +141,12 @@ void Backward::start_rows(int64_t task) {
 }
 
 void Backward::key_tile(int64_t task, int thread) {
-  const int64_t b = task / (kv_heads_ * key_tiles_), kv_head = task / key_tiles_ % kv_heads_;
-  const int64_t tile = task % key_tiles_, key = tile * tile_keys_;
+  // Key tile by key tile through the heads of a wave.
+  const int64_t first = task / (wave_ * key_tiles_) * wave_;
+  const int64_t heads = std::min(wave_, batch_ * kv_heads_ - first);
+  const int64_t in_wave = task - first * key_tiles_;
+  const int64_t head = first + in_wave % heads, tile = in_wave / heads;
+  const int64_t b = head / kv_heads_, kv_head = head % kv_heads_, key = tile * tile_keys_;
   char* scratch = static_cast<char*>(scratch_.get()) + thread_bytes_ * static_cast<size_t>(thread);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch + kernel_bytes_);
 

@@ -23,7 +23,7 @@ Place place_of(const Program& program, int64_t index) {
   return {static_cast<int>(index / program.heads), static_cast<int>(index % program.heads)};
 }
 
-// ---- dense leaves to words --------------------------------------------------------------------
+// ---- dense leaves to words ----------------------------------------------------------------------
 
 template <typename Element>
 void pack_rows(const Element* first, int64_t row_stride, int64_t column_stride, int rows,

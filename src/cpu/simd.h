@@ -215,7 +215,7 @@ ANYMASK_INLINE VecD exp2_of(VecD x) {
   return x < splat<VecD>(-1022.0) ? VecD{} : bit_cast<VecD>(scaled) + (x - clamped);
 }
 
-// ---- transposing a square of registers --------------------------------------------------------
+// ---- transposing a square of registers ----------------------------------------------------------
 
 template <int... kIndex>
 struct Sequence {};

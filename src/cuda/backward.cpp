@@ -29,8 +29,7 @@ constexpr KernelFamily kFinish = family("backward_finish", "cuda/device/sm90/bac
                                         "anymask::cuda::backward_finish_kernel", false);
 constexpr int kRowTileThreads = 256;  // of the kernels before and after: a block a row tile
 
-// ---- variants
-// ------------------------------------------------------------------------------------
+// ---- variants -----------------------------------------------------------------------------------
 
 // docs/kernels/backward.md has the reasons. The registers of the three warpgroups must not be more
 // than a launch with 384 threads deals out: 3 x 168.
@@ -41,6 +40,7 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   c.ordered = ordered;
   c.machine = machine;
   c.bit_slots = 4;
+  c.k_stages = 1;
   c.o_stages = 2;
   if (std::max(head_dim, v_head_dim) > 128) {
     c.wide = 1;
@@ -85,23 +85,22 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
     few.half = c.half;
     few.depth = c.depth;
     few.value_depth = c.value_depth;
-    few.ordered = &family == &kPrepare ? c.ordered : 0;
+    few.ordered = c.ordered;
     c = few;
   }
   KernelConfig config;
   config.family = &family;
-  config.values = {c.half,          c.depth,          c.value_depth,   c.wide,      c.q_stages,
-                   c.o_stages,      c.staged,         c.ordered,       c.bit_slots, c.machine,
-                   c.slope_operand, c.math_registers, c.load_registers};
-  config.count = 13;
+  config.values = {c.half,     c.depth,         c.value_depth, c.wide,           c.k_stages,
+                   c.q_stages, c.o_stages,      c.staged,      c.ordered,        c.bit_slots,
+                   c.machine,  c.slope_operand, c.late_scores, c.math_registers, c.load_registers};
+  config.count = 15;
   config.threads = main ? c.threads() : kRowTileThreads;
   config.shared_bytes = main ? c.shared_bytes() : 0;
   return config;
 }
-static_assert(sizeof(BackwardConfig) == 13 * sizeof(int32_t));
+static_assert(sizeof(BackwardConfig) == 15 * sizeof(int32_t));
 
-// ---- workspace
-// -----------------------------------------------------------------------------------
+// ---- workspace ----------------------------------------------------------------------------------
 
 struct Workspace {
   int64_t q_sums, stats, turns, next_item, bytes;  // offsets, and the size of all
@@ -125,8 +124,7 @@ struct Workspace {
 
 int64_t row_tiles_of(int64_t q_len) { return (q_len + kBackwardRows - 1) / kBackwardRows; }
 
-// ---- parameters
-// ------------------------------------------------------------------------------------
+// ---- parameters ---------------------------------------------------------------------------------
 
 // The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
 // A view without elements gets none: nothing is loaded from it.
@@ -308,9 +306,10 @@ std::vector<KernelConfig> backward_kernels() {
         for (const bool machine : {false, true}) {
           all.push_back(kernel_config(kMain, variant(depth, value_depth, half, machine, ordered)));
         }
-        all.push_back(kernel_config(kPrepare, variant(depth, value_depth, half, false, ordered)));
+        const BackwardConfig c = variant(depth, value_depth, half, false, ordered);
+        all.push_back(kernel_config(kPrepare, c));
+        all.push_back(kernel_config(kFinish, c));
       }
-      all.push_back(kernel_config(kFinish, variant(depth, value_depth, half, false, false)));
     }
   }
   return all;

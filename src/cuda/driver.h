@@ -10,7 +10,7 @@
 
 namespace anymask::cuda {
 
-// ---- the driver's vocabulary ----------------------------------------------------------------
+// ---- the driver's vocabulary --------------------------------------------------------------------
 
 using CuResult = int32_t;
 using CuDevice = int32_t;
@@ -67,7 +67,7 @@ struct CuLaunchConfig {
 };
 static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) == 32);
 
-// ---- tensor maps: what the bulk copy engine needs to know of a tensor -------------------------
+// ---- tensor maps: what the bulk copy engine needs to know of a tensor ---------------------------
 
 struct alignas(64) TensorMap {
   uint64_t opaque[16];
@@ -97,8 +97,7 @@ struct TensorMapSpec {
 
 TensorMap encode_tensor_map(const TensorMapSpec& spec);
 
-// ---- the functions
-// -------------------------------------------------------------------------------
+// ---- the functions ------------------------------------------------------------------------------
 
 // Name, symbol in libcuda (some carry an ABI version), parameters.
 #define ANYMASK_DRIVER_FUNCTIONS(F)                                                             \
@@ -163,8 +162,7 @@ std::string driver_problem();
 // Throws RuntimeFailure with the driver's text unless `result` is success.
 void check(CuResult result, const char* what);
 
-// ---- devices
-// -------------------------------------------------------------------------------------
+// ---- devices ------------------------------------------------------------------------------------
 
 struct Gpu {
   int ordinal;

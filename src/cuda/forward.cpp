@@ -19,8 +19,7 @@ constexpr KernelFamily kForward{"forward",
                                 true,
                                 static_cast<int>(sizeof(ForwardParams))};
 
-// ---- variants
-// ------------------------------------------------------------------------------------
+// ---- variants -----------------------------------------------------------------------------------
 
 constexpr int padded(int64_t depth) {
   return depth <= 64 ? 64 : depth <= 128 ? 128 : depth <= 192 ? 192 : 256;
@@ -107,8 +106,7 @@ KernelConfig kernel_config(const ForwardConfig& c) {
 }
 static_assert(sizeof(ForwardConfig) == 13 * sizeof(int32_t));
 
-// ---- parameters
-// ------------------------------------------------------------------------------------
+// ---- parameters ---------------------------------------------------------------------------------
 
 // The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
 TensorMapBytes tensor_map(const Tensor& t, int rows) {

@@ -117,11 +117,11 @@ class Steps {
     params.program.key_order = nullptr;
     params.tile_columns = tile_columns;
     params.key_blocks = ceil_div(program.kv_len, kSeeThreads);
-    params.most_groups = group_count(program.kv_len, tile_columns);
+    params.most_groups = rules::group_count(program.kv_len, tile_columns);
     const int64_t places = orders_of(program);
     const int64_t keys = places * program.kv_len;
     params.items = static_cast<uint64_t*>(scratch);
-    params.seen = reinterpret_cast<KeyRows*>(params.items + 2 * keys);
+    params.seen = reinterpret_cast<rules::KeyRows*>(params.items + 2 * keys);
     params.seen_keys = reinterpret_cast<int32_t*>(params.seen + keys);
     params.order = const_cast<int32_t*>(program.key_order);
     if (keys == 0) return;
@@ -187,7 +187,7 @@ class Steps {
 
 int64_t plan_scratch_bytes(const rules::Program& lowered) {
   if (lowered.reorder_keys == 0) return 0;
-  constexpr int64_t kBytesOfKey = 2 * sizeof(uint64_t) + sizeof(KeyRows);
+  constexpr int64_t kBytesOfKey = 2 * sizeof(uint64_t) + sizeof(rules::KeyRows);
   return orders_of(lowered) * (lowered.kv_len * kBytesOfKey + int64_t{sizeof(int32_t)});
 }
 

@@ -9,12 +9,14 @@
 
 namespace anymask::rules {
 
-// ---- reading arrays -----------------------------------------------------------------------
+// ---- reading arrays -----------------------------------------------------------------------------
 
 template <typename T>
 ANYMASK_RULE const T* array_at(const Array& array, Place place) {
+  // A division costs a GPU about 25 instructions, and most masks have no use for one.
+  const int head = array.head_divisor == 1 ? place.head : place.head / array.head_divisor;
   return static_cast<const T*>(array.data) + place.batch * array.batch_stride +
-         (place.head / array.head_divisor) * array.head_stride;
+         head * array.head_stride;
 }
 
 ANYMASK_RULE int64_t load_integer(const Array& array, Place place, int64_t offset) {
@@ -36,7 +38,7 @@ ANYMASK_RULE bool load_nonzero(const Array& array, Place place, int64_t offset, 
   }
 }
 
-// ---- band: lo <= column - row <= hi ---------------------------------------------------------
+// ---- band: lo <= column - row <= hi -------------------------------------------------------------
 
 ANYMASK_RULE TileClass band_class(const Node& node, const Tile& tile) {
   const int least = tile.column_begin - (tile.row_end - 1);
@@ -49,7 +51,7 @@ ANYMASK_RULE uint32_t band_word(const Node& node, int column, int first_row) {
   return run_word(column - node.hi, column - node.lo + 1, first_row);
 }
 
-// ---- prefix: column < n -----------------------------------------------------------------------
+// ---- prefix: column < n -------------------------------------------------------------------------
 
 ANYMASK_RULE int prefix_length(const Node& node, Place place) {
   if (node.columns.data == nullptr) return node.lo;
@@ -59,14 +61,16 @@ ANYMASK_RULE int prefix_length(const Node& node, Place place) {
 
 ANYMASK_RULE TileClass prefix_class(const Node& node, Place place, const Tile& tile) {
   const int n = prefix_length(node, place);
-  return class_of(tile.column_begin<n, tile.column_end> n);
+  const bool any_visible = n > tile.column_begin;
+  const bool any_hidden = n < tile.column_end;
+  return class_of(any_visible, any_hidden);
 }
 
 ANYMASK_RULE uint32_t prefix_word(const Node& node, Place place, int column) {
   return column < prefix_length(node, place) ? kAllRows : 0u;
 }
 
-// ---- intervals: masked runs of rows per column -----------------------------------------------
+// ---- intervals: masked runs of rows per column --------------------------------------------------
 
 struct MaskedRuns {
   int begin1, end1, begin2, end2;
@@ -112,7 +116,7 @@ ANYMASK_RULE uint32_t intervals_word(const Node& node, Place place, int column, 
            run_word(runs.begin2, runs.end2, first_row));
 }
 
-// ---- segments: row and column between the same two of `lo` rising boundaries ------------------
+// ---- segments: row and column between the same two of `lo` rising boundaries --------------------
 
 struct Segment {
   int begin, end;
@@ -138,7 +142,8 @@ ANYMASK_RULE Segment segment_of(const Node& node, Place place, int index) {
 
 ANYMASK_RULE TileClass segments_class(const Node& node, Place place, const Tile& tile) {
   const Segment first = segment_of(node, place, tile.column_begin);
-  const Segment last = segment_of(node, place, tile.column_end - 1);
+  const bool one_segment = tile.column_end <= first.end;
+  const Segment last = one_segment ? first : segment_of(node, place, tile.column_end - 1);
   return class_of(
       first.begin < tile.row_end && last.end > tile.row_begin,
       first.begin != last.begin || first.begin > tile.row_begin || first.end < tile.row_end);
@@ -149,7 +154,7 @@ ANYMASK_RULE uint32_t segments_word(const Node& node, Place place, int column, i
   return run_word(segment.begin, segment.end, first_row);
 }
 
-// ---- ids: eq[row] == ek[column], flexible masks also eq[row] >= 0 ------------------------------
+// ---- ids: eq[row] == ek[column], flexible masks also eq[row] >= 0 -------------------------------
 
 ANYMASK_RULE TileClass ids_class(const Node& node, Place place, const Tile& tile) {
   const bool open = node.flag != 0;
@@ -186,7 +191,7 @@ ANYMASK_RULE uint32_t ids_word(const Node& node, Place place, int column, int fi
   return word;
 }
 
-// ---- blocks: one entry per block of `lo` rows x `hi` columns -----------------------------------
+// ---- blocks: one entry per block of `lo` rows x `hi` columns ------------------------------------
 
 ANYMASK_RULE bool block_visible(const Node& node, Place place, int row_block, int column_block) {
   return load_nonzero(
@@ -217,7 +222,7 @@ ANYMASK_RULE uint32_t blocks_word(const Node& node, Place place, int column, int
   return word;
 }
 
-// ---- dense: one element per pair ---------------------------------------------------------------
+// ---- dense: one element per pair ----------------------------------------------------------------
 
 ANYMASK_RULE bool dense_visible(const Node& node, Place place, int row, int column) {
   return load_nonzero(node.columns, place,

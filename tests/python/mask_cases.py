@@ -123,7 +123,7 @@ def random_tree(rng, b, h, m, n, leaves):
             mask, allowed = mask | other, allowed | more
     if rng.random() < 0.15:
         mask, allowed = ~mask, ~allowed
-    if m and n and rng.random() < 0.15:
+     and rng.random() < 0.15:
         mask = mask.reordered()  # a hint: means the same
     return mask, allowed
 

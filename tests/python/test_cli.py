@@ -80,7 +80,8 @@ def test_bench_stops_at_a_wrong_result(monkeypatch, capsys):
 def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     text = capsys.readouterr().out
-    for word in ("library", "CPU", "instruction sets", "threads", "torch", "agrees"):
+    words = ("library", "CPU", "instruction sets", "threads", "torch", "GPU driver", "agrees")
+    for word in words:
         assert word in text
 
 

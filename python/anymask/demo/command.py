@@ -95,7 +95,7 @@ def _choose(options: argparse.Namespace, console: Console) -> Config:
     base = configs.CPU if options.device == "cpu" or problem else configs.CUDA
     if options.tiny:
         base = configs.TINY.but(device=base.device, dtype=base.dtype)
-    chosen = base.but(seed=options.seed, sample=0 if options.tiny else 320)
+    chosen = base.but(seed=options.seed, sample=0 if options.tiny else 200)
     if options.steps is None:
         return chosen.but(seconds=_TORCH_SECONDS[base.device])
     return chosen.but(steps=options.steps)

@@ -7,36 +7,11 @@
 #pragma once
 
 #include "cuda/device/plan_params.h"
-#include "rules/evaluate.h"
+#include "rules/key_rows.h"
 
 namespace anymask::cuda {
 
-// ---- what sees a key
-// -------------------------------------------------------------------------------
-
-inline bool any_visible(const rules::Program& program, rules::Place place, int key, int row_begin,
-                        int row_end) {
-  const rules::Tile tile = {row_begin, row_end, key, key + 1};
-  return (rules::key_class(program, place, tile) & rules::kVisible) != 0;
-}
-
-// The rows that see a key lie in [first, last). Halves the rows with the column's class over each
-// half: about 2 log2(rows) looks.
-inline KeyRows seen_rows(const rules::Program& program, rules::Place place, int key) {
-  if (!any_visible(program, place, key, 0, program.q_len)) return {program.q_len, 0};
-  int low = 0, high = program.q_len;  // the first visible row lies in [low, high)
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    (any_visible(program, place, key, low, middle) ? high : low) = middle;
-  }
-  const int first = low;
-  high = program.q_len;  // and so does the last
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    (any_visible(program, place, key, middle, high) ? low : high) = middle;
-  }
-  return {first, low + 1};
-}
+// ---- what sees a key ----------------------------------------------------------------------------
 
 inline void see_keys(const KeyOrderParams& params) {
   const rules::Program& program = params.program;
@@ -45,17 +20,11 @@ inline void see_keys(const KeyOrderParams& params) {
   const int key = key_block * kSeeThreads + static_cast<int>(threadIdx.x);
   if (key >= program.kv_len) return;
   const int orders = program.heads / program.order_divisor;
-  KeyRows all = {program.q_len, 0};
-  for (int i = 0; program.q_len > 0 && i < program.order_divisor; ++i) {
-    const int head = order % orders * program.order_divisor + i;
-    const KeyRows seen = seen_rows(program, {order / orders, head}, key);
-    all = {rules::min_of(all.first, seen.first), rules::max_of(all.last, seen.last)};
-  }
-  params.seen[int64_t{order} * program.kv_len + key] = all;
+  params.seen[int64_t{order} * program.kv_len + key] =
+      rules::rows_of_order(program, order / orders, order % orders, key);
 }
 
-// ---- a stable radix sort by one block
-// --------------------------------------------------------------
+// ---- a stable radix sort by one block -----------------------------------------------------------
 //
 // An item is a value above kKeyBits and a key below. Each warp owns a run of items: it counts its
 // digits, the block turns counts into positions, each warp puts its items there in order.
@@ -140,8 +109,7 @@ inline uint64_t* sort_items(uint64_t* items, uint64_t* other, int count, int bit
 
 inline int bits_of(int value) { return value > 0 ? 32 - __clz(value) : 1; }
 
-// ---- the two sorts
-// ---------------------------------------------------------------------------------
+// ---- the two sorts ------------------------------------------------------------------------------
 
 inline uint64_t item_of(int32_t value, uint64_t key) {
   return static_cast<uint64_t>(value) << kKeyBits | key;
@@ -152,7 +120,7 @@ inline void sort_keys(const KeyOrderParams& params) {
   const int thread = static_cast<int>(threadIdx.x);
   const int keys = params.program.kv_len;
   const int64_t place = blockIdx.x;
-  const KeyRows* seen = params.seen + place * keys;
+  const rules::KeyRows* seen = params.seen + place * keys;
   uint64_t* items = params.items + place * 2 * keys;
 
   if (thread == 0) block.seen_keys = block.unsorted = 0;
@@ -177,12 +145,12 @@ inline void group_keys(const KeyOrderParams& params) {
   const int keys = params.program.kv_len;
   const int group = static_cast<int>(blockIdx.x % (params.most_groups + 1));
   const int64_t place = blockIdx.x / (params.most_groups + 1);
-  const KeyRows* seen = params.seen + place * keys;
+  const rules::KeyRows* seen = params.seen + place * keys;
   uint64_t* items = params.items + place * 2 * keys;
   int32_t* order = params.order + place * keys;
 
   const int64_t count = params.seen_keys[place];
-  const int groups = group_count(static_cast<int>(count), params.tile_columns);
+  const int groups = rules::group_count(static_cast<int>(count), params.tile_columns);
   if (group == params.most_groups) {  // the last block copies what nobody sees
     for (int i = static_cast<int>(count) + thread; i < keys; i += kSortThreads) {
       order[i] = static_cast<int32_t>(items[i] & kKeyMask);

@@ -18,8 +18,7 @@ inline constexpr uint32_t kWholeWarp = 0xffffffffu;
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
-// ---- what is known of a set of pairs
-// ---------------------------------------------------------------
+// ---- what is known of a set of pairs ------------------------------------------------------------
 //
 // Bits 0 and 1: a rules::TileClass, what it may hold. Bits 2 and 3: the same, what it surely holds.
 
@@ -44,8 +43,7 @@ inline Known known_and(Known a, Known b) {
 
 inline Known known_or(Known a, Known b) { return known_not(known_and(known_not(a), known_not(b))); }
 
-// ---- ids: what the rows of a span hold, found once for all columns
-// ---------------------------------
+// ---- ids: what the rows of a span hold, found once for all columns ------------------------------
 //
 // rules::ids_class walks the rows for every tile it is asked about; asked column by column that
 // would be as many steps as there are pairs. The block keeps each span's summary instead.
@@ -92,8 +90,7 @@ inline Known id_range_known(const IdRange& range, int64_t id) {
   return known;
 }
 
-// ---- classify
-// ----------------------------------------------------------------------------------------
+// ---- classify -----------------------------------------------------------------------------------
 
 inline constexpr int kMaxIdLeaves = (rules::kMaxNodes + 1) / 2;
 inline constexpr int kSpans = kBlockRowTiles / kSpanTiles;
@@ -388,8 +385,7 @@ inline void classify(const ClassifyParams& params) {
   reinterpret_cast<uint8_t*>(map.hidden)[at] = static_cast<uint8_t>(hidden);
 }
 
-// ---- count and order
-// -----------------------------------------------------------------------------------
+// ---- count and order ----------------------------------------------------------------------------
 
 // The outer tile that this warp works for: `row` counts outer tiles across places.
 struct OuterTile {

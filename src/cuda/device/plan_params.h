@@ -2,7 +2,7 @@
 #pragma once
 
 #include "plan/layout.h"
-#include "rules/program.h"
+#include "rules/key_rows.h"
 
 namespace anymask::cuda {
 
@@ -52,29 +52,16 @@ inline constexpr int kSeeThreads = 128;
 inline constexpr int kSortWarps = 32;
 inline constexpr int kSortThreads = 32 * kSortWarps;
 
-struct KeyRows {
-  int32_t first, last;  // rows [first, last) hold all that see the key; last 0: none does
-};
-
 struct KeyOrderParams {
   rules::Program program;  // dense leaves packed, keys as they come
   int32_t tile_columns;
-  int32_t key_blocks;   // blocks of see_keys across kv_len
-  int32_t most_groups;  // groups when every key is seen
-  uint64_t* items;      // [places][2][kv_len]
-  KeyRows* seen;        // [places][kv_len]
-  int32_t* seen_keys;   // [places]: how many keys some row sees
-  int32_t* order;       // [places][kv_len]: position -> key
+  int32_t key_blocks;    // blocks of see_keys across kv_len
+  int32_t most_groups;   // groups when every key is seen
+  uint64_t* items;       // [places][2][kv_len]
+  rules::KeyRows* seen;  // [places][kv_len]
+  int32_t* seen_keys;    // [places]: how many keys some row sees
+  int32_t* order;        // [places][kv_len]: position -> key
 };
-
-// Seen keys are sorted by last row in sqrt(tiles) groups of sqrt(tiles) tiles each, rounded to the
-// nearest: a tile then spans about 1 / sqrt(tiles) of the first rows and of the last rows.
-ANYMASK_RULE int group_count(int seen_keys, int tile_columns) {
-  const int tiles = (seen_keys + tile_columns - 1) / tile_columns;
-  int groups = 1;
-  while (groups * groups + groups < tiles) ++groups;
-  return groups;
-}
 
 // Packs dense[batch][head][row][column] != 0 into words[batch][head][row / 32][column]. Heads here
 // are the arrays' own; head_divisor is not looked at.

@@ -24,6 +24,13 @@ __device__ __forceinline__ void add_floats(float* to, const void* from, uint32_t
       : "memory");
 }
 
+// The same, but stores them.
+__device__ __forceinline__ void copy_floats(float* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to),
+               "r"(shared_address(from)), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void bulk_commit() {
   asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -57,8 +64,7 @@ __device__ __forceinline__ void add_four(float* to, float a, float b, float c, f
                : "memory");
 }
 
-// ---- counters that order blocks
-// ---------------------------------------------------------------------
+// ---- counters that order blocks -----------------------------------------------------------------
 
 __device__ __forceinline__ int load_acquire(const int32_t* from) {
   int value;

@@ -6,7 +6,7 @@
 
 namespace anymask::ptx {
 
-// ---- ordering ----------------------------------------------------------------------------------
+// ---- ordering -----------------------------------------------------------------------------------
 
 // Before the first product that reads or accumulates into registers written by other instructions.
 __device__ __forceinline__ void wgmma_fence() {
@@ -36,7 +36,7 @@ __device__ __forceinline__ void pin(uint32_t (&registers)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(registers[i])::"memory");
 }
 
-// ---- matrix descriptors (128-byte swizzle) -----------------------------------------------------
+// ---- matrix descriptors (128-byte swizzle) ------------------------------------------------------
 
 // The lower word holds address and leading byte offset, the upper one stride byte offset and
 // swizzle, the same for all tiles here: so only lower words are computed and kept.
@@ -55,7 +55,7 @@ __device__ __forceinline__ uint32_t lower_mn_major(const void* tile, int slab_by
   return (shared_address(tile) >> 4) | (static_cast<uint32_t>(slab_bytes >> 4) << 16);
 }
 
-// ---- the products ------------------------------------------------------------------------------
+// ---- the products -------------------------------------------------------------------------------
 
 // Wgmma<E, N>::product_ss: A and B from shared memory, both K-major.
 // Wgmma<E, N>::product_rs: A from registers, B from shared memory, MN-major.

@@ -105,7 +105,8 @@ __device__ __forceinline__ void load_fragments(uint32_t address,
   }
 }
 
-// Adds a warpgroup's part of dQ from registers to the workspace; ordered: when its turn has come.
+// Adds a warpgroup's part of dQ from registers to the workspace; ordered: when its turn has come,
+// and the first one stores, so that nobody has to clear the sums before.
 template <BackwardConfig C, int kCount>
 __device__ __forceinline__ void add_in_turn(const BackwardParams& p, const BackwardStep& step,
                                             int w, int thread, const float (&values)[kCount]) {
@@ -117,10 +118,18 @@ __device__ __forceinline__ void add_in_turn(const BackwardParams& p, const Backw
     if (thread == 0) await_turn(turns, step.turn);
     ptx::named_sync(kTurnBarrier + w, 128);
   }
+  if (C.ordered != 0 && step.turn == 0) {
 #pragma unroll
-  for (int i = 0; i < kFloats / 512; ++i) {
-    ptx::add_four(to + 512 * i, values[4 * i], values[4 * i + 1], values[4 * i + 2],
-                  values[4 * i + 3]);
+    for (int i = 0; i < kFloats / 512; ++i) {
+      *reinterpret_cast<float4*>(to + 512 * i) = {values[4 * i], values[4 * i + 1],
+                                                  values[4 * i + 2], values[4 * i + 3]};
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kFloats / 512; ++i) {
+      ptx::add_four(to + 512 * i, values[4 * i], values[4 * i + 1], values[4 * i + 2],
+                    values[4 * i + 3]);
+    }
   }
   if constexpr (C.ordered != 0) {
     __threadfence();

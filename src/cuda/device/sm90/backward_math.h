@@ -49,7 +49,7 @@ struct BackwardMath {
     if (lane == 0) barrier.arrive();
   }
 
-  // ---- products ----
+  // ---- products ---------------------------------------------------------------------------------
 
   // One 64 x 64 piece of keys x queries: S = K Q^T, dP = V dO^T.
   template <int kDepth>
@@ -118,7 +118,7 @@ struct BackwardMath {
     ptx::wgmma_commit();
   }
 
-  // ---- between the products ----
+  // ---- between the products ---------------------------------------------------------------------
 
   __device__ __forceinline__ BackwardStep read_step(int stage) {
     const BackwardStep& step = shared.steps[stage];
@@ -201,7 +201,7 @@ struct BackwardMath {
                       item.key_tile * C.columns() + 64 * w, p.kv_len, p.depth, warp, lane);
   }
 
-  // ---- an item ----
+  // ---- an item ----------------------------------------------------------------------------------
 
   __device__ __forceinline__ void issue_scores(float (&scores)[kPieceValues]) {
     shared.q_full[q_ring.slot].wait(q_ring.parity);
@@ -213,13 +213,6 @@ struct BackwardMath {
     shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
     issue_piece<C.value_depth>(weight_grads, shared.v, shared.out_grad[o_ring.slot]);
     ptx::wgmma_commit();
-  }
-
-  // When dV is done with its operands.
-  __device__ __forceinline__ void release_out_grad(uint32_t (&weights)[kPieceValues / 2]) {
-    ptx::pin(weights);
-    arrive(shared.out_grad_empty[o_ring.slot]);
-    o_ring.next();
   }
 
   // One row tile. On entry its S is ready and its dP issued; kMore: on return so are those of
@@ -247,17 +240,16 @@ struct BackwardMath {
     make_slopes(now, scores, weight_grads, weights, slopes);
     if constexpr (kMore && C.late_scores == 0) issue_scores(scores);
     publish_slopes(slopes);
-    if constexpr (C.late_scores == 0) {
-      ptx::wgmma_wait<kMore ? 1 : 0>();  // dV
-      release_out_grad(weights);
-    }
+    ptx::wgmma_wait<kMore && C.late_scores == 0 ? 1 : 0>();  // dV
+    ptx::pin(weights);
+    arrive(shared.out_grad_empty[o_ring.slot]);
+    o_ring.next();
     float q_grad[kSumValues];
     issue_q_grad(q_grad);
     issue_k_grad(k_grad, slopes, now);
     if constexpr (kMore && C.late_scores != 0) issue_scores(scores);
-    ptx::wgmma_wait<kMore && C.late_scores != 0 ? 2 : 1>();  // dV and dQ
+    ptx::wgmma_wait<kMore && C.late_scores != 0 ? 2 : 1>();  // dQ
     ptx::pin(q_grad);
-    if constexpr (C.late_scores != 0) release_out_grad(weights);
     if constexpr (C.slope_operand == 0) arrive(shared.slopes_empty);
     send_q_grad(step, q_grad);
     if constexpr (kMore) {
@@ -295,7 +287,7 @@ struct BackwardMath {
     k_ring.next();
   }
 
-  // ---- the story ----
+  // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
     Ring<kItemSlots> items;

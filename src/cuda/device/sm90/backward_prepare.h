@@ -57,10 +57,13 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     }
   }
 
-  float4* q_sums = reinterpret_cast<float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth));
+  // With ordered sums the first key tile of a row tile stores.
+  if constexpr (C.ordered == 0) {
+    float4* q_sums = reinterpret_cast<float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth));
 #pragma unroll
-  for (int i = 0; i < kBackwardRows * C.depth / 4; i += kPrepareThreads) {
-    q_sums[i + thread] = {0.0f, 0.0f, 0.0f, 0.0f};
+    for (int i = 0; i < kBackwardRows * C.depth / 4; i += kPrepareThreads) {
+      q_sums[i + thread] = {0.0f, 0.0f, 0.0f, 0.0f};
+    }
   }
   if (C.ordered != 0 && thread < 2) p.turns[2 * row_tile + thread] = 0;
   if (row_tile == 0 && thread == 0) *p.next_item = 0;

@@ -9,8 +9,7 @@
 
 namespace anymask::cuda {
 
-// ---- the loading warp
-// ------------------------------------------------------------------------------
+// ---- the loading warp ---------------------------------------------------------------------------
 
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardShared<C>& shared,
@@ -152,19 +151,25 @@ __device__ __forceinline__ void send_q_grads(const BackwardParams& p, BackwardSh
       const BackwardStep step = shared.sent[sent.slot];
       float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth);
       int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile);
+      auto send = [&](int w) {
+        if (C.ordered != 0 && step.turn == 0) {
+          ptx::copy_floats(to + w * kFloats, shared.q_grad[w], kFloats * 4);
+        } else {
+          ptx::add_floats(to + w * kFloats, shared.q_grad[w], kFloats * 4);
+        }
+        ptx::bulk_commit();
+      };
       if (lane == 0) {
         if constexpr (C.ordered != 0) {
           await_turn(turns, step.turn);
           ptx::fence_async_global();
         }
-        ptx::add_floats(to, shared.q_grad[0], kFloats * 4);
-        ptx::bulk_commit();
+        send(0);
       }
       __syncwarp();
       shared.q_grad_full[1].wait(parity);
       if (lane == 0) {
-        ptx::add_floats(to + kFloats, shared.q_grad[1], kFloats * 4);
-        ptx::bulk_commit();
+        send(1);
         ptx::bulk_wait_read<1>();
         shared.q_grad_empty[0].arrive();
         ptx::bulk_wait_read<0>();

@@ -43,7 +43,7 @@ struct BackwardWide {
     if (lane == 0) barrier.arrive();
   }
 
-  // ---- products ----
+  // ---- products ---------------------------------------------------------------------------------
 
   // Warpgroup 0: S = K Q^T. Warpgroup 1: dP = V dO^T.
   __device__ __forceinline__ void issue_piece(float (&piece)[kPieceValues]) {
@@ -92,7 +92,7 @@ struct BackwardWide {
     ptx::wgmma_commit();
   }
 
-  // ---- between the products ----
+  // ---- between the products ---------------------------------------------------------------------
 
   __device__ __forceinline__ void publish_weights(const BackwardStep& step, int stage,
                                                   float (&piece)[kPieceValues]) {
@@ -130,7 +130,7 @@ struct BackwardWide {
     ptx::fence_async_shared();
   }
 
-  // ---- an item ----
+  // ---- an item ----------------------------------------------------------------------------------
 
   // One row tile; its piece is issued. kMore: on return the next one's is.
   template <bool kMore>
@@ -202,7 +202,7 @@ struct BackwardWide {
                       p.depth - w * kPart, warp, lane);
   }
 
-  // ---- the story ----
+  // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
     Ring<kItemSlots> items;

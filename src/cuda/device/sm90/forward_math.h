@@ -52,7 +52,7 @@ struct MathWarp {
     if (lane == 0) barrier.arrive();
   }
 
-  // ---- products --------------------------------------------------------------------------------
+  // ---- products ---------------------------------------------------------------------------------
 
   // Q K^T of kColumns keys from first_column on.
   template <int kColumns>
@@ -107,7 +107,7 @@ struct MathWarp {
     release_values();
   }
 
-  // ---- masks -----------------------------------------------------------------------------------
+  // ---- masks ------------------------------------------------------------------------------------
 
   __device__ __forceinline__ StripMask<C> take_mask(bool live, bool partial) {
     StripMask<C> mask{0, live ? C.blocks() : 0, false, {}};
@@ -165,7 +165,7 @@ struct MathWarp {
     }
   }
 
-  // ---- softmax ---------------------------------------------------------------------------------
+  // ---- softmax ----------------------------------------------------------------------------------
 
   // exp2(score - top) of sixteens [begin, end) in place, and its sum.
   template <int kColumns>
@@ -200,7 +200,7 @@ struct MathWarp {
     return rows.raise(top, p.scale_log2, factor);
   }
 
-  // ---- tiles -----------------------------------------------------------------------------------
+  // ---- tiles ------------------------------------------------------------------------------------
 
   // Without overlap, the kColumns / 64 blocks from mask.first_block on: three warpgroups keep the
   // tensor cores busy by being in different places.
@@ -335,7 +335,7 @@ struct MathWarp {
     return started || pending;
   }
 
-  // ---- end of an item --------------------------------------------------------------------------
+  // ---- end of an item ---------------------------------------------------------------------------
 
   __device__ __forceinline__ void store(const Item& item, int first_row) {
     const int q = lane % 4;
@@ -377,7 +377,7 @@ struct MathWarp {
     }
   }
 
-  // ---- the story -------------------------------------------------------------------------------
+  // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
     Ring<kItemSlots> items;

@@ -40,7 +40,7 @@ __device__ __forceinline__ void transpose_bits(uint32_t& a, uint32_t& b, int lan
   }
 }
 
-// ---- one column --------------------------------------------------------------------------------
+// ---- one column ---------------------------------------------------------------------------------
 
 // What a recipe says of one column: rows [begin, end) less two masked runs.
 struct ColumnRuns {
@@ -243,7 +243,7 @@ __device__ __forceinline__ void machine_words(const ForwardParams& p, rules::Pla
   for (int i = 0; i < kWords; ++i) words[i] = stack[0][i];
 }
 
-// ---- one strip: 64 rows x the 32 columns of quad lane q ----------------------------------------
+// ---- one strip: 64 rows x the 32 columns of quad lane q -----------------------------------------
 
 // `upper`, `lower`: the words of this lane's column, for the strip's first and last 32 rows. Stores
 // the transposed words and the class byte. has_column: lanes beyond the tile's last column are
@@ -265,7 +265,7 @@ __device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool
   if (lane == 0) *strip_class = static_cast<uint8_t>(bits & 15);
 }
 
-// ---- the story of a bit-making warp, `index` of kBitWarps --------------------------------------
+// ---- the story of a bit-making warp, `index` of kBitWarps ---------------------------------------
 
 template <ForwardConfig C>
 __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<C>& shared,
