@@ -123,7 +123,7 @@ def random_tree(rng, b, h, m, n, leaves):
             mask, allowed = mask | other, allowed | more
     if rng.random() < 0.15:
         mask, allowed = ~mask, ~allowed
-     and rng.random() < 0.15:
+    if rng.random() < 0.15:
         mask = mask.reordered()  # a hint: means the same
     return mask, allowed
 

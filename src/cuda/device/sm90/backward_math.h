@@ -268,17 +268,26 @@ struct BackwardMath {
     if constexpr (C.slope_operand != 0) arrive(shared.slopes_empty);
   }
 
-  __device__ __forceinline__ void all_steps(const BackwardItem& item, float (&k_grad)[C.depth / 2],
+  // The first S and dP of an item, issued while dK of the item before is being stored. Issued under
+  // all circumstances, see one_step: where there is no work, from whatever lies there.
+  __device__ __forceinline__ void start(const BackwardItem& item, float (&scores)[kPieceValues],
+                                        float (&weight_grads)[kPieceValues]) {
+    if (item.steps > 0) {
+      shared.k_full[k_ring.slot].wait(k_ring.parity);
+      shared.q_full[q_ring.slot].wait(q_ring.parity);
+      shared.v_full.wait(v_parity);
+      shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
+      v_parity ^= 1;
+    }
+    issue_piece<C.depth>(scores, shared.k[k_ring.slot], shared.q[q_ring.slot]);
+    issue_piece<C.value_depth>(weight_grads, shared.v, shared.out_grad[o_ring.slot]);
+    ptx::wgmma_commit();
+  }
+
+  __device__ __forceinline__ void all_steps(const BackwardItem& item, float (&scores)[kPieceValues],
+                                            float (&weight_grads)[kPieceValues],
+                                            float (&k_grad)[C.depth / 2],
                                             float (&v_grad)[C.value_depth / 2]) {
-    float scores[kPieceValues];        // S, then P
-    float weight_grads[kPieceValues];  // dP
-    shared.k_full[k_ring.slot].wait(k_ring.parity);
-    issue_scores(scores);
-    shared.v_full.wait(v_parity);
-    v_parity ^= 1;
-    issue_weight_grads(weight_grads);
-    ptx::wgmma_wait<1>();
-    ptx::pin(scores);
     // The last step is a copy of its own: a product issued under an `if` makes the compiler
     // serialise them all.
 #pragma unroll 1
@@ -287,30 +296,47 @@ struct BackwardMath {
     k_ring.next();
   }
 
-  // ---- the story --------------------------------------------------------------------------------
+  // ---- the story ----
+
+  __device__ __forceinline__ BackwardItem take_item(Ring<kItemSlots>& items) {
+    shared.item_full[items.slot].wait(items.parity);
+    const BackwardItem& slot = shared.items[items.slot];
+    const BackwardItem item = {ptx::uniform(slot.key_tile), ptx::uniform(slot.batch),
+                               ptx::uniform(slot.kv_head), ptx::uniform(slot.steps)};
+    arrive(shared.item_empty[items.slot]);
+    items.next();
+    return item;
+  }
 
   __device__ __forceinline__ void run() {
+    float scores[kPieceValues];        // S, then P
+    float weight_grads[kPieceValues];  // dP
     Ring<kItemSlots> items;
+    BackwardItem item = take_item(items);
+    start(item, scores, weight_grads);
 #pragma unroll 1
-    for (;; items.next()) {
-      shared.item_full[items.slot].wait(items.parity);
-      const BackwardItem& slot = shared.items[items.slot];
-      const BackwardItem item = {ptx::uniform(slot.key_tile), ptx::uniform(slot.batch),
-                                 ptx::uniform(slot.kv_head), ptx::uniform(slot.steps)};
-      arrive(shared.item_empty[items.slot]);
-      if (item.steps < 0) break;
+    while (item.steps >= 0) {
       float k_grad[C.depth / 2], v_grad[C.value_depth / 2];
 #pragma unroll
       for (int i = 0; i < C.depth / 2; ++i) k_grad[i] = 0.0f;
 #pragma unroll
       for (int i = 0; i < C.value_depth / 2; ++i) v_grad[i] = 0.0f;
+      ptx::wgmma_wait<0>();
+      ptx::pin(scores);
+      ptx::pin(weight_grads);
       if (item.steps > 0) {
-        all_steps(item, k_grad, v_grad);
+        all_steps(item, scores, weight_grads, k_grad, v_grad);
       } else {
         store_v_grad(item, v_grad);
       }
-      store_k_grad(item, k_grad);
+      const BackwardItem next = take_item(items);
+      // With one place for K the next one is still on its way.
+      if constexpr (C.k_stages == 1) store_k_grad(item, k_grad);
+      start(next, scores, weight_grads);
+      if constexpr (C.k_stages > 1) store_k_grad(item, k_grad);
+      item = next;
     }
+    ptx::wgmma_wait<0>();
   }
 };
 
