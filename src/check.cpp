@@ -41,6 +41,7 @@ void check_rows(const char* name, const Tensor& tensor) {
 }
 
 void check_output_overlap(const char* name, const Tensor& tensor) {
+  if (elements(tensor) == 0) return;
   for (int i = 0; i < tensor.ndim; ++i) {
     if (tensor.shape[i] > 1 && tensor.stride[i] == 0) {
       throw InvalidValue(std::string(name) + " is an output but dimension " + std::to_string(i) +

@@ -14,9 +14,9 @@ namespace anymask::cpu {
 plan::TileShapes tile_shapes(const Problem& problem);
 
 struct ForwardCall {
-  Tensor q, k, v, out, lse;        // as in anymask::ForwardArgs, validated; sizes may be 0
-  const rules::Program* program;   // dense leaves packed
-  plan::TileMap rows;              // row map in the forward tile shape
+  Tensor q, k, v, out, lse;       // as in anymask::ForwardArgs, validated; sizes may be 0
+  const rules::Program* program;  // dense leaves packed
+  plan::TileMap rows;             // row map in the forward tile shape
   double scale;
 };
 
