@@ -7,6 +7,7 @@
 
 #include "anymask/anymask.hpp"
 #include "mask/lower.h"
+#include "problem.h"
 #include "rules/evaluate.h"
 
 namespace anymask {
@@ -51,34 +52,24 @@ void expect_mask(const Mask& mask, const Problem& problem, const Allowed& allowe
   }
 }
 
-Problem problem(int q_len, int kv_len, int batch = 1, int heads = 1) {
-  return {.batch = batch,
-          .q_heads = heads,
-          .kv_heads = heads,
-          .q_len = q_len,
-          .kv_len = kv_len,
-          .head_dim = 16,
-          .v_head_dim = 16};
-}
-
 TEST(Rules, CausalIsAlignedBottomRight) {
   for (const auto& [q, k] : {std::pair{70, 70}, {33, 90}, {90, 33}, {1, 1}}) {
-    expect_mask(causal(), problem(q, k),
+    expect_mask(causal(), small_problem(q, k),
                 [q = q, k = k](int, int, int i, int j) { return j <= i + k - q; });
   }
 }
 
 TEST(Rules, SlidingWindow) {
-  expect_mask(sliding_window(5, 3), problem(60, 75),
+  expect_mask(sliding_window(5, 3), small_problem(60, 75),
               [](int, int, int i, int j) { return j >= i + 15 - 5 && j <= i + 15 + 3; });
-  expect_mask(sliding_window(-1, 2), problem(40, 40),
+  expect_mask(sliding_window(-1, 2), small_problem(40, 40),
               [](int, int, int i, int j) { return j <= i + 2; });
 }
 
 TEST(Rules, PrefixWithALengthPerBatchEntry) {
   std::vector<int64_t> lengths{0, 13, 64};
   expect_mask(
-      prefix_lm(Tensor(lengths.data(), DType::i64, {3})), problem(64, 64, 3),
+      prefix_lm(Tensor(lengths.data(), DType::i64, {3})), small_problem(64, 64, 3),
       [&](int b, int, int i, int j) { return j <= i || j < lengths[static_cast<size_t>(b)]; });
 }
 
@@ -89,8 +80,9 @@ TEST(Rules, DocumentsByIdsAndByLengthsAgree) {
   const auto same = [&](int, int, int i, int j) {
     return ids[static_cast<size_t>(i)] == ids[static_cast<size_t>(j)];
   };
-  expect_mask(documents(Tensor(ids.data(), DType::i32, {80})), problem(80, 80), same);
-  expect_mask(cumulative_documents(Tensor(lengths.data(), DType::i32, {5})), problem(80, 80), same);
+  expect_mask(documents(Tensor(ids.data(), DType::i32, {80})), small_problem(80, 80), same);
+  expect_mask(cumulative_documents(Tensor(lengths.data(), DType::i32, {5})), small_problem(80, 80),
+              same);
 }
 
 TEST(Rules, IntervalsInEveryForm) {
@@ -100,7 +92,7 @@ TEST(Rules, IntervalsInEveryForm) {
     std::vector<int32_t> indices(static_cast<size_t>(2 * 2 * kColumns * n));
     for (int32_t& value : indices) value = static_cast<int32_t>(random() % (kRows + 20)) - 10;
     const Tensor tensor(indices.data(), DType::i32, {2, 2, kColumns, n});
-    expect_mask(intervals(tensor, causal_form), problem(kRows, kColumns, 2, 4),
+    expect_mask(intervals(tensor, causal_form), small_problem(kRows, kColumns, 2, 4),
                 [&, causal_form = causal_form, n = n](int b, int h, int i, int j) {
                   const int32_t* x =
                       indices.data() + static_cast<size_t>(((b * 2 + h) * kColumns + j) * n);
@@ -117,7 +109,7 @@ TEST(Rules, IntervalsInEveryForm) {
 TEST(Rules, BlocksOfUnequalSides) {
   std::vector<uint8_t> block{1, 0, 1, 0, 1, 1, 1, 0, 0, 0, 0, 1};  // 4 x 3
   expect_mask(
-      blocks(Tensor(block.data(), DType::u8, {1, 1, 4, 3}), 16, 32), problem(61, 70),
+      blocks(Tensor(block.data(), DType::u8, {1, 1, 4, 3}), 16, 32), small_problem(61, 70),
       [&](int, int, int i, int j) { return block[static_cast<size_t>(i / 16 * 3 + j / 32)] != 0; });
 }
 
@@ -126,14 +118,14 @@ TEST(Rules, DenseOfFloatsTakesMinusZeroForZero) {
   std::vector<float> allowed(40 * 37);
   for (float& value : allowed) value = random() % 3 == 0 ? -0.0f : random() % 2 == 0 ? 0.0f : -2.0f;
   expect_mask(
-      dense(Tensor(allowed.data(), DType::f32, {40, 37})), problem(40, 37),
+      dense(Tensor(allowed.data(), DType::f32, {40, 37})), small_problem(40, 37),
       [&](int, int, int i, int j) { return allowed[static_cast<size_t>(i * 37 + j)] != 0; });
 }
 
 TEST(Rules, DenseBroadcastOverRows) {
   std::vector<uint8_t> keep(2 * 50);
   for (size_t i = 0; i < keep.size(); ++i) keep[i] = i % 7 != 3;
-  expect_mask(dense(Tensor(keep.data(), DType::u8, {2, 1, 1, 50})), problem(45, 50, 2),
+  expect_mask(dense(Tensor(keep.data(), DType::u8, {2, 1, 1, 50})), small_problem(45, 50, 2),
               [&](int b, int, int, int j) { return keep[static_cast<size_t>(b * 50 + j)] != 0; });
 }
 
@@ -144,7 +136,7 @@ TEST(Rules, IdsPerHead) {
   for (int32_t& value : ek) value = static_cast<int32_t>(random() % 6) - 4;
   expect_mask(
       ids(Tensor(eq.data(), DType::i32, {1, 2, 40}), Tensor(ek.data(), DType::i32, {1, 2, 48})),
-      problem(40, 48, 1, 2), [&](int, int h, int i, int j) {
+      small_problem(40, 48, 1, 2), [&](int, int h, int i, int j) {
         const int32_t q = eq[static_cast<size_t>(h * 40 + i)];
         return q >= 0 || q == ek[static_cast<size_t>(h * 48 + j)];
       });
@@ -153,7 +145,7 @@ TEST(Rules, IdsPerHead) {
 TEST(Rules, TreesCombine) {
   const Mask tree = (causal() & ~sliding_window(4, 0)) | (prefix_lm(3) & ~causal()) |
                     ~(sliding_window(20, 20) | ~full());
-  expect_mask(tree, problem(64, 64), [](int, int, int i, int j) {
+  expect_mask(tree, small_problem(64, 64), [](int, int, int i, int j) {
     const bool causal = j <= i, window = j >= i - 4 && j <= i, prefix = j <= i || j < 3;
     const bool wide = j >= i - 20 && j <= i + 20;
     return (causal && !window) || (prefix && !causal) || !wide;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "anymask/anymask.hpp"
+#include "problem.h"
 
 namespace anymask {
 namespace {
@@ -17,13 +18,7 @@ void expect_selection(std::vector<float> scores, int64_t keep, int q_len, int he
   std::vector<int32_t> ends(scores.size(), -1);
   const Tensor indices(ends.data(), DType::i32, {1, heads, kv_len, 1});
   top_keys(Tensor(scores.data(), DType::f32, {1, heads, kv_len}), keep, q_len, indices);
-  const Problem problem{.batch = 1,
-                        .q_heads = heads,
-                        .kv_heads = heads,
-                        .q_len = q_len,
-                        .kv_len = kv_len,
-                        .head_dim = 16,
-                        .v_head_dim = 16};
+  const Problem problem = small_problem(q_len, kv_len, 1, heads);
   std::vector<uint8_t> allowed(static_cast<size_t>(heads * q_len * kv_len));
   const Mask mask = intervals(indices, true);
   const MaskShape shape = mask_shape(mask, problem);

@@ -9,22 +9,13 @@
 #include "cpu/plan.h"
 #include "mask/lower.h"
 #include "plan/view.h"
+#include "problem.h"
 #include "rules/evaluate.h"
 
 namespace anymask {
 namespace {
 
 constexpr plan::TileShapes kShapes{.forward = {32, 48}, .backward = {64, 32}};
-
-Problem problem(int q_len, int kv_len, int batch = 1, int heads = 1) {
-  return {.batch = batch,
-          .q_heads = heads,
-          .kv_heads = heads,
-          .q_len = q_len,
-          .kv_len = kv_len,
-          .head_dim = 16,
-          .v_head_dim = 16};
-}
 
 struct Built {
   rules::Program lowered;
@@ -91,16 +82,16 @@ void expect_plan(const Mask& mask, const Problem& p) {
 }
 
 TEST(Plan, MapsMatchThePairs) {
-  expect_plan(causal(), problem(300, 300));
-  expect_plan(causal(), problem(100, 330));
-  expect_plan(sliding_window(40, 10), problem(330, 290));
-  expect_plan(full(), problem(33, 95));
-  expect_plan(~full(), problem(64, 96));
+  expect_plan(causal(), small_problem(300, 300));
+  expect_plan(causal(), small_problem(100, 330));
+  expect_plan(sliding_window(40, 10), small_problem(330, 290));
+  expect_plan(full(), small_problem(33, 95));
+  expect_plan(~full(), small_problem(64, 96));
 }
 
 TEST(Plan, ExactWhereClassesAloneAreNot) {
   // causal & ~causal is empty, but on the diagonal both operands are `some`.
-  const Built built(causal() & ~causal(), problem(200, 200), kShapes);
+  const Built built(causal() & ~causal(), small_problem(200, 200), kShapes);
   const plan::TileMap& map = built.plan.forward_rows;
   EXPECT_EQ(*std::max_element(map.count, map.count + map.outer_tiles), 0);
 }
@@ -111,7 +102,7 @@ TEST(Plan, RandomIntervalsPerBatchAndHead) {
   std::vector<int32_t> indices(2 * 2 * kColumns * 4);
   for (int32_t& value : indices) value = static_cast<int32_t>(random() % (kRows + 1));
   expect_plan(intervals(Tensor(indices.data(), DType::i32, {2, 2, kColumns, 4}), false),
-              problem(kRows, kColumns, 2, 4));
+              small_problem(kRows, kColumns, 2, 4));
 }
 
 template <typename Element>
@@ -122,7 +113,7 @@ void expect_packed(DType dtype, bool broadcast_rows, bool broadcast_columns) {
   for (Element& value : allowed)
     value = static_cast<Element>(random() % 4 == 0 ? 0 : 1 + random() % 100);
   const Mask mask = dense(Tensor(allowed.data(), dtype, {2, 3, rows, columns}));
-  const Built built(mask, problem(75, 133, 2, 3), kShapes);
+  const Built built(mask, small_problem(75, 133, 2, 3), kShapes);
   EXPECT_EQ(built.plan.program.nodes[0].op, rules::Op::kBits);
   for (int b = 0; b < 2; ++b) {
     for (int h = 0; h < 3; ++h) {
@@ -152,19 +143,19 @@ TEST(Plan, PacksDenseLeavesOfEverySize) {
 }
 
 TEST(Plan, LinearMasksHaveLinearPlans) {
-  const int64_t small = plan_bytes(causal(), problem(1 << 14, 1 << 14));
-  const int64_t large = plan_bytes(causal(), problem(1 << 16, 1 << 16));
+  const int64_t small = plan_bytes(causal(), small_problem(1 << 14, 1 << 14));
+  const int64_t large = plan_bytes(causal(), small_problem(1 << 16, 1 << 16));
   EXPECT_LT(small, 1 << 20);
   EXPECT_LT(large, 1 << 23);  // two bits a tile and its transpose
 }
 
 TEST(Plan, EmptySizes) {
   for (const auto& [q, k] : {std::pair{0, 50}, {50, 0}, {0, 0}})
-    expect_plan(causal(), problem(q, k));
+    expect_plan(causal(), small_problem(q, k));
 }
 
 TEST(Plan, StatisticsCountPairs) {
-  const MaskStatistics found = mask_statistics(causal(), problem(300, 300), 64, 64);
+  const MaskStatistics found = mask_statistics(causal(), small_problem(300, 300), 64, 64);
   EXPECT_EQ(found.pairs, 300 * 300);
   EXPECT_EQ(found.visible_pairs, 300 * 301 / 2);
   EXPECT_EQ(found.tiles, 25);
@@ -182,14 +173,14 @@ TEST(Plan, IntervalsFromDenseRoundTrip) {
         intervals(Tensor(indices.data(), DType::i32, {1, 1, kColumns, n}), causal_form);
     std::vector<uint8_t> allowed(kRows * kColumns), again(kRows * kColumns);
     const Tensor dense_view(allowed.data(), DType::u8, {1, 1, kRows, kColumns});
-    mask_to_dense(mask, problem(kRows, kColumns), dense_view);
+    mask_to_dense(mask, small_problem(kRows, kColumns), dense_view);
     std::vector<int32_t> wide(kColumns * 4, -1);
     const int found = intervals_from_dense(dense_view, causal_form,
                                            Tensor(wide.data(), DType::i32, {1, 1, kColumns, 4}));
     ASSERT_LE(found, n);
     Tensor view(wide.data(), DType::i32, {1, 1, kColumns, 4});
     view.shape[3] = found;
-    mask_to_dense(intervals(view, causal_form), problem(kRows, kColumns),
+    mask_to_dense(intervals(view, causal_form), small_problem(kRows, kColumns),
                   Tensor(again.data(), DType::u8, {1, 1, kRows, kColumns}));
     EXPECT_EQ(allowed, again);
   }
