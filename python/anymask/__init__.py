@@ -9,6 +9,11 @@ from __future__ import annotations
 
 from anymask._inspection import Intervals, MaskStatistics, intervals_from_dense
 from anymask.attention import attention
+from anymask.compat import (
+    flash_attention_custom_mask,
+    flashmask_attention,
+    flexible_attention,
+)
 from anymask.masks import (
     Mask,
     blocks,
@@ -35,6 +40,9 @@ __all__ = [
     "causal",
     "dense",
     "documents",
+    "flash_attention_custom_mask",
+    "flashmask_attention",
+    "flexible_attention",
     "full",
     "ids",
     "intervals",

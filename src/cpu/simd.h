@@ -158,7 +158,7 @@ ANYMASK_INLINE VecF select_words(const uint32_t* words, int bit, VecF a, VecF b)
   return (load<VecU32>(words) & splat<VecU32>(1u << bit)) != 0 ? a : b;
 }
 ANYMASK_INLINE VecD select_words(const uint32_t* words, int bit, VecD a, VecD b) {
-  VecU64 wide;
+  VecU64 wide{};
   for (int i = 0; i < kLanes64; ++i) wide[i] = words[i];
   return (wide & ((1ull << bit) - VecU64{})) != 0 ? a : b;
 }

@@ -34,10 +34,10 @@ constexpr int kRowTileThreads = 256;  // of the kernels before and after: a bloc
 // docs/kernels/backward.md has the reasons. The registers of the three warpgroups must not be more
 // than a launch with 384 threads deals out: 3 x 168.
 constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, bool machine,
-                                 bool ordered) {
+                                 bool chained) {
   BackwardConfig c{};
   c.half = half;
-  c.ordered = ordered;
+  c.chained = chained;
   c.machine = machine;
   c.bit_slots = 4;
   c.k_stages = 1;
@@ -46,17 +46,20 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.wide = 1;
     c.depth = c.value_depth = 256;
     c.q_stages = 2;
-    c.math_registers = 224;
-    c.load_registers = 56;
+    c.math_registers = chained ? 232 : 224;
+    c.load_registers = chained ? 40 : 56;
     return c;
   }
   c.depth = head_dim <= 64 ? 64 : 128;
   c.value_depth = v_head_dim <= 64 ? 64 : 128;
-  c.q_stages = 3;
   c.staged = 1;
-  // With 2 x 64 accumulators for dK and dV in a thread there is no room for dS as an operand too.
+  // A second place for K lets the next item's first products run while dK is being stored.
+  c.k_stages = 2;
+  // With 2 x 64 accumulators for dK and dV in a thread, dS fits as an operand only if the next S
+  // comes late.
   const int total = c.depth + c.value_depth;
-  c.slope_operand = total == 256;
+  c.late_scores = total == 256;
+  c.q_stages = total == 256 ? 2 : 3;
   c.math_registers = total == 256 ? 240 : total == 192 ? 232 : 208;
   c.load_registers = total == 256 ? 24 : total == 192 ? 40 : 88;
   return c;
@@ -85,13 +88,13 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
     few.half = c.half;
     few.depth = c.depth;
     few.value_depth = c.value_depth;
-    few.ordered = c.ordered;
+    few.chained = c.chained;
     c = few;
   }
   KernelConfig config;
   config.family = &family;
   config.values = {c.half,     c.depth,         c.value_depth, c.wide,           c.k_stages,
-                   c.q_stages, c.o_stages,      c.staged,      c.ordered,        c.bit_slots,
+                   c.q_stages, c.o_stages,      c.staged,      c.chained,        c.bit_slots,
                    c.machine,  c.slope_operand, c.late_scores, c.math_registers, c.load_registers};
   config.count = 15;
   config.threads = main ? c.threads() : kRowTileThreads;
@@ -108,7 +111,7 @@ struct Workspace {
   Workspace(int64_t row_tiles, const BackwardConfig& c) {
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * 8);
-    turns = take(c.ordered != 0 ? row_tiles * 8 : 0);
+    turns = take(c.chained != 0 ? row_tiles * 8 : 0);
     next_item = take(4);
     bytes = used_;
   }
@@ -272,7 +275,6 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const DeviceScope scope(ordinal);
   const Kernel& prepare = kernel(kernel_config(kPrepare, config), ordinal);
   const Kernel& main = kernel(kernel_config(kMain, config), ordinal);
-  const Kernel& finish = kernel(kernel_config(kFinish, config), ordinal);
 
   BackwardParams params = params_of(call, problem, config);
   params.chunk = static_cast<int32_t>(chunk_of(problem, gpu(ordinal).l2_bytes));
@@ -294,7 +296,9 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
     launch(main, {static_cast<uint32_t>(blocks)}, stream, params);
   }
-  if (tiles > 0) launch(finish, row_tiles, stream, params);
+  if (tiles > 0 && config.chained == 0) {
+    launch(kernel(kernel_config(kFinish, config), ordinal), row_tiles, stream, params);
+  }
 }
 
 std::vector<KernelConfig> backward_kernels() {
@@ -302,13 +306,13 @@ std::vector<KernelConfig> backward_kernels() {
   std::vector<KernelConfig> all;
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
-      for (const bool ordered : {false, true}) {
+      for (const bool chained : {false, true}) {
         for (const bool machine : {false, true}) {
-          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, machine, ordered)));
+          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, machine, chained)));
         }
-        const BackwardConfig c = variant(depth, value_depth, half, false, ordered);
+        const BackwardConfig c = variant(depth, value_depth, half, false, chained);
         all.push_back(kernel_config(kPrepare, c));
-        all.push_back(kernel_config(kFinish, c));
+        if (!chained) all.push_back(kernel_config(kFinish, c));
       }
     }
   }

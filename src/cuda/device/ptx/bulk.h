@@ -64,6 +64,14 @@ __device__ __forceinline__ void add_four(float* to, float a, float b, float c, f
                : "memory");
 }
 
+// Four floats that other blocks have added to: from the cache that all of them share.
+__device__ __forceinline__ void load_four(const float* from, float (&to)[4]) {
+  asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(to[0]), "=f"(to[1]), "=f"(to[2]), "=f"(to[3])
+               : "l"(from)
+               : "memory");
+}
+
 // ---- counters that order blocks -----------------------------------------------------------------
 
 __device__ __forceinline__ int load_acquire(const int32_t* from) {

@@ -21,9 +21,11 @@ struct BackwardConfig {
   int32_t q_stages;     // tiles of Q in shared memory
   int32_t o_stages;     // tiles of dO
   int32_t staged;       // dQ leaves 1: through shared memory, by the copy engine; 0: from registers
-  int32_t ordered;      // 1: contributions to dQ in a fixed order
-  int32_t bit_slots;    // partial tiles whose bits are in shared memory
-  int32_t machine;      // 1: mask bits by the postfix machine, for programs without a recipe
+  int32_t chained;    // how the parts of a row tile of dQ meet. 0: added in any order to sums that
+                      // one kernel clears and another converts. 1: in a fixed order; the first
+                      // block stores, the last one converts
+  int32_t bit_slots;  // partial tiles whose bits are in shared memory
+  int32_t machine;    // 1: mask bits by the postfix machine, for programs without a recipe
   int32_t slope_operand;  // A of dK = dS^T Q comes 0: from registers; 1: from shared memory
   int32_t late_scores;    // the next S is issued 0: before dQ and dK; 1: after them
   int32_t math_registers;
@@ -69,9 +71,11 @@ struct BackwardParams {
   int64_t v_grad_batch_stride, v_grad_row_stride, v_grad_head_stride;
 
   // Workspace, linear in q_len. A row tile is (batch * q_heads + head) * row_tiles + tile.
-  float* q_sums;   // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
-  float* stats;    // [row tile][2][64]: lse in log2 units, and row sums; see stat_index
-  int32_t* turns;  // [row tile][2]: contributions that have been added to dQ; ordered only
+  float* q_sums;  // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
+  float* stats;   // [row tile][2][64]: lse in log2 units, and row sums; see stat_index
+  // [row tile][2], chained: how many key tiles have added their part, a count for each warpgroup
+  // (staged: the first counts both).
+  int32_t* turns;
   int32_t* next_item;
 
   int32_t batch;
@@ -91,7 +95,7 @@ struct BackwardParams {
   int32_t items;  // pairs * key tiles
 
   plan::TileMap columns;  // outer: key tiles
-  plan::TileMap rows;     // outer: row tiles; ordered only
+  plan::TileMap rows;     // outer: row tiles; chained only
   RunRecipe recipe;
   rules::Program program;
 };

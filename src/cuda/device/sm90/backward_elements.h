@@ -10,12 +10,14 @@
 #include "cuda/device/ptx/matrix.h"
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/sm90/backward_shared.h"
+#include "cuda/device/sm90/backward_store.h"
 
 namespace anymask::cuda {
 
-// Waits until as many key tiles as `turn` have added to a tile of dQ.
-__device__ __forceinline__ void await_turn(const int32_t* turns, int turn) {
-  while (ptx::load_acquire(turns) != turn) __nanosleep(32);
+// Waits until all key tiles that go before have added to this step's row tile of dQ.
+__device__ __forceinline__ void await_turn(const int32_t* turns, const BackwardStep& step) {
+  if (step.turn == 0) return;
+  while (ptx::load_acquire(turns) < step.turn) __nanosleep(32);
 }
 
 inline constexpr int kPieceValues = kBackwardRows / 2;  // of a thread, in a 64 x 64 piece
@@ -105,7 +107,7 @@ __device__ __forceinline__ void load_fragments(uint32_t address,
   }
 }
 
-// Adds a warpgroup's part of dQ from registers to the workspace; ordered: when its turn has come,
+// Adds a warpgroup's part of dQ from registers to the workspace; chained: when its turn has come,
 // and the first one stores, so that nobody has to clear the sums before.
 template <BackwardConfig C, int kCount>
 __device__ __forceinline__ void add_in_turn(const BackwardParams& p, const BackwardStep& step,
@@ -114,11 +116,11 @@ __device__ __forceinline__ void add_in_turn(const BackwardParams& p, const Backw
   float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
               w * kFloats + 4 * thread;
   int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile) + w;
-  if constexpr (C.ordered != 0) {
-    if (thread == 0) await_turn(turns, step.turn);
+  if constexpr (C.chained != 0) {
+    if (thread == 0) await_turn(turns, step);
     ptx::named_sync(kTurnBarrier + w, 128);
   }
-  if (C.ordered != 0 && step.turn == 0) {
+  if (C.chained != 0 && step.turn == 0) {
 #pragma unroll
     for (int i = 0; i < kFloats / 512; ++i) {
       *reinterpret_cast<float4*>(to + 512 * i) = {values[4 * i], values[4 * i + 1],
@@ -131,11 +133,40 @@ __device__ __forceinline__ void add_in_turn(const BackwardParams& p, const Backw
                     values[4 * i + 3]);
     }
   }
-  if constexpr (C.ordered != 0) {
+  if constexpr (C.chained != 0) {
     __threadfence();
     ptx::named_sync(kTurnBarrier + w, 128);
     if (thread == 0) ptx::add_release(turns, 1);
   }
+}
+
+// Chained: whoever is last takes the sum of those before and writes dQ itself.
+template <BackwardConfig C, int kCount>
+__device__ __forceinline__ void finish_in_turn(const BackwardParams& p, const BackwardStep& step,
+                                               int batch, int w, int thread,
+                                               float (&values)[kCount]) {
+  constexpr int kFloats = kBackwardRows * C.part_depth();
+  if (step.turn > 0) {
+    // Staged, the sending warp counts both halves at once.
+    const int32_t* turns =
+        p.turns + 2 * static_cast<int64_t>(step.row_tile) + (C.staged != 0 ? 0 : w);
+    if (thread == 0) await_turn(turns, step);
+    ptx::named_sync(kTurnBarrier + w, 128);
+    const float* from = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
+                        w * kFloats + 4 * thread;
+#pragma unroll
+    for (int i = 0; i < kFloats / 512; ++i) {
+      float before[4];
+      ptx::load_four(from + 512 * i, before);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) values[4 * i + j] += before[j];
+    }
+  }
+  const int tile = step.row_tile - (batch * p.q_heads + step.last_head) * p.row_tiles;
+  uint16_t* to = static_cast<uint16_t*>(p.q_grad) + batch * p.q_grad_batch_stride +
+                 step.last_head * p.q_grad_head_stride + w * C.part_depth();
+  store_rows<C.half != 0>(values, p.scale, to, p.q_grad_row_stride, nullptr, tile * kBackwardRows,
+                          p.q_len, p.depth - w * C.part_depth(), thread / 32, thread % 32);
 }
 
 }  // namespace anymask::cuda

@@ -1,9 +1,9 @@
-// After the Hopper backward kernel: the float32 sums of dQ, scaled and rounded, to the caller's
-// tensor. The sums lie in the order of the accumulators that made them, so a thread here reads what
-// one math thread added, 16 bytes at a time.
+// After the Hopper backward kernel, unless sums are chained: the float32 sums of dQ, scaled and
+// rounded, to the caller's tensor. The sums lie in the order of the accumulators that made them, so
+// a thread here reads what one math thread added, 16 bytes at a time.
 #pragma once
 
-#include "cuda/device/sm90/backward_places.h"
+#include "cuda/device/sm90/backward_config.h"
 #include "cuda/device/sm90/backward_store.h"
 
 namespace anymask::cuda {
@@ -25,15 +25,9 @@ __device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) 
       reinterpret_cast<const float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth) +
                                       w * kBackwardRows * kPart) +
       thread;
-  // With ordered sums nobody has written those of rows that see nothing.
-  bool written = true;
-  if constexpr (C.ordered != 0) {
-    const int tile = first_row / kBackwardRows;
-    written = p.rows.count[map_row(p, p.rows, mask_place(p, batch, head), tile)] > 0;
-  }
 #pragma unroll
   for (int i = 0; i < kPart / 8; ++i) {
-    const float4 four = written ? sums[128 * i] : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    const float4 four = sums[128 * i];
     values[4 * i] = four.x;
     values[4 * i + 1] = four.y;
     values[4 * i + 2] = four.z;

@@ -23,6 +23,7 @@ struct BackwardMath {
   static constexpr int kKeySlabBytes = Shared::kColumns * kSlabRowBytes;
   static constexpr int kRowSlabBytes = Shared::kTileRowBytes;
   static constexpr int kSumValues = C.part_depth() / 2;  // of dQ, in a thread
+  static constexpr bool kKeepsWeights = C.slope_operand != 0 || C.depth + C.value_depth < 256;
   using ScoreProduct = ptx::Wgmma<kElement, kBackwardRows>;
   using KeyProduct = ptx::Wgmma<kElement, C.depth>;
   using ValueProduct = ptx::Wgmma<kElement, C.value_depth>;
@@ -122,8 +123,11 @@ struct BackwardMath {
 
   __device__ __forceinline__ BackwardStep read_step(int stage) {
     const BackwardStep& step = shared.steps[stage];
-    return {ptx::uniform(step.row_tile), ptx::uniform(step.partial),
-            C.ordered != 0 && C.staged == 0 ? ptx::uniform(step.turn) : step.turn, 0};
+    if constexpr (C.chained == 0) {
+      return {ptx::uniform(step.row_tile), ptx::uniform(step.partial), 0, -1};
+    }
+    return {ptx::uniform(step.row_tile), ptx::uniform(step.partial), ptx::uniform(step.turn),
+            static_cast<int32_t>(ptx::uniform(step.last_head + 1)) - 1};
   }
 
   __device__ __forceinline__ void make_weights(const BackwardStep& step, int stage,
@@ -144,14 +148,13 @@ struct BackwardMath {
     }
   }
 
-  // With dK's operand in registers there is none left for P in float32: it comes back from its
-  // packed form.
+  // Without registers for P in float32 it comes back from its packed form.
   __device__ __forceinline__ void make_slopes(int stage, float (&scores)[kPieceValues],
                                               const float (&weight_grads)[kPieceValues],
                                               const uint32_t (&weights)[kPieceValues / 2],
                                               uint32_t (&slopes)[kPieceValues / 2]) {
     const auto weight = [&](int i) {
-      if constexpr (C.slope_operand != 0) return scores[i];
+      if constexpr (kKeepsWeights) return scores[i];
       return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2]) : ptx::high_of<kHalf>(weights[i / 2]);
     };
     pack_slopes<kHalf>(weight_grads, shared.stats[stage][1], lane % 4, weight, slopes);
@@ -166,23 +169,29 @@ struct BackwardMath {
     ptx::named_sync(kSlopesBarrier, 128 * kBackwardWarpgroups);
   }
 
-  __device__ __forceinline__ void send_q_grad(const BackwardStep& step,
-                                              const float (&q_grad)[kSumValues]) {
+  __device__ __forceinline__ void send_q_grad(const BackwardStep& step, int batch,
+                                              float (&q_grad)[kSumValues]) {
     const int thread = 32 * warp + lane;
+    const bool last = C.chained != 0 && step.last_head >= 0;
+    if (last) finish_in_turn<C>(p, step, batch, w, thread, q_grad);
     if constexpr (C.staged != 0) {
       shared.q_grad_empty[w].wait(q_grad_parity);
       q_grad_parity ^= 1;
-      float4* to = reinterpret_cast<float4*>(shared.q_grad[w]) + thread;
+      if (!last) {
+        float4* to = reinterpret_cast<float4*>(shared.q_grad[w]) + thread;
 #pragma unroll
-      for (int i = 0; i < kSumValues / 4; ++i) {
-        to[128 * i] = {q_grad[4 * i], q_grad[4 * i + 1], q_grad[4 * i + 2], q_grad[4 * i + 3]};
+        for (int i = 0; i < kSumValues / 4; ++i) {
+          to[128 * i] = {q_grad[4 * i], q_grad[4 * i + 1], q_grad[4 * i + 2], q_grad[4 * i + 3]};
+        }
+        ptx::fence_async_shared();
       }
-      ptx::fence_async_shared();
       arrive(shared.q_grad_full[w]);
     } else {
-      add_in_turn<C>(p, step, w, thread, q_grad);
+      if (!last) add_in_turn<C>(p, step, w, thread, q_grad);
     }
   }
+
+  // ---- an item ----------------------------------------------------------------------------------
 
   // dV leaves while the last dQ and dK run; dK when everything is done.
   __device__ __forceinline__ void store_v_grad(const BackwardItem& item,
@@ -251,7 +260,7 @@ struct BackwardMath {
     ptx::wgmma_wait<kMore && C.late_scores != 0 ? 2 : 1>();  // dQ
     ptx::pin(q_grad);
     if constexpr (C.slope_operand == 0) arrive(shared.slopes_empty);
-    send_q_grad(step, q_grad);
+    send_q_grad(step, item.batch, q_grad);
     if constexpr (kMore) {
       issue_weight_grads(weight_grads);
       ptx::wgmma_wait<1>();  // all but dP
@@ -296,7 +305,7 @@ struct BackwardMath {
     k_ring.next();
   }
 
-  // ---- the story ----
+  // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ BackwardItem take_item(Ring<kItemSlots>& items) {
     shared.item_full[items.slot].wait(items.parity);

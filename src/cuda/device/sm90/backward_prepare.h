@@ -7,7 +7,7 @@
 
 #include "cuda/device/ptx/matrix.h"
 #include "cuda/device/ptx/registers.h"
-#include "cuda/device/sm90/backward_config.h"
+#include "cuda/device/sm90/backward_places.h"
 
 namespace anymask::cuda {
 
@@ -57,15 +57,27 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     }
   }
 
-  // With ordered sums the first key tile of a row tile stores.
-  if constexpr (C.ordered == 0) {
+  if constexpr (C.chained == 0) {
     float4* q_sums = reinterpret_cast<float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth));
 #pragma unroll
     for (int i = 0; i < kBackwardRows * C.depth / 4; i += kPrepareThreads) {
       q_sums[i + thread] = {0.0f, 0.0f, 0.0f, 0.0f};
     }
+  } else {
+    // The first key tile of a row tile stores, the last one writes dQ; this is for those of none.
+    const rules::Place place = mask_place(p, batch, head);
+    if (p.rows.count[map_row(p, p.rows, place, first_row / kBackwardRows)] == 0) {
+      uint16_t* to = static_cast<uint16_t*>(p.q_grad) + batch * p.q_grad_batch_stride +
+                     head * p.q_grad_head_stride;
+      for (int i = thread; i < kBackwardRows * C.depth / 8; i += kPrepareThreads) {
+        const int row = first_row + i / (C.depth / 8), column = i % (C.depth / 8) * 8;
+        if (row < p.q_len && column < p.depth) {
+          ptx::store_global(to + row * p.q_grad_row_stride + column, 0, 0, 0, 0);
+        }
+      }
+    }
   }
-  if (C.ordered != 0 && thread < 2) p.turns[2 * row_tile + thread] = 0;
+  if (C.chained != 0 && thread < 2) p.turns[2 * row_tile + thread] = 0;
   if (row_tile == 0 && thread == 0) *p.next_item = 0;
 
   float* stats = p.stats + row_tile * (2 * kBackwardRows);

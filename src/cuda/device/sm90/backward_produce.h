@@ -78,8 +78,12 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       bool fresh = true;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
       for_each_row_tile(p, item, head, lane, [&](int tile, uint32_t partial) {
-        BackwardStep step = {first_tile + tile, static_cast<int32_t>(partial), 0, 0};
-        if constexpr (C.ordered != 0) step.turn = turn_of(p, item, head, tile, lane);
+        BackwardStep step = {first_tile + tile, static_cast<int32_t>(partial), 0, -1};
+        if constexpr (C.chained != 0) {
+          step.turn = turn_of(p, item, head, tile, lane);
+          const int64_t row = map_row(p, p.rows, mask_place(p, item.batch, head), tile);
+          if (step.turn + 1 == p.rows.count[row]) step.last_head = head;
+        }
         const int row = tile * kBackwardRows;
         if (partial != 0) {
           ask_for_bits({item.key_tile, tile, mask_place(p, item.batch, head), fresh});
@@ -152,7 +156,8 @@ __device__ __forceinline__ void send_q_grads(const BackwardParams& p, BackwardSh
       float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth);
       int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile);
       auto send = [&](int w) {
-        if (C.ordered != 0 && step.turn == 0) {
+        if (C.chained != 0 && step.last_head >= 0) return;  // the math warps have finished it
+        if (C.chained != 0 && step.turn == 0) {
           ptx::copy_floats(to + w * kFloats, shared.q_grad[w], kFloats * 4);
         } else {
           ptx::add_floats(to + w * kFloats, shared.q_grad[w], kFloats * 4);
@@ -160,8 +165,8 @@ __device__ __forceinline__ void send_q_grads(const BackwardParams& p, BackwardSh
         ptx::bulk_commit();
       };
       if (lane == 0) {
-        if constexpr (C.ordered != 0) {
-          await_turn(turns, step.turn);
+        if (C.chained != 0 && step.last_head < 0) {
+          await_turn(turns, step);
           ptx::fence_async_global();
         }
         send(0);
@@ -174,7 +179,7 @@ __device__ __forceinline__ void send_q_grads(const BackwardParams& p, BackwardSh
         shared.q_grad_empty[0].arrive();
         ptx::bulk_wait_read<0>();
         shared.q_grad_empty[1].arrive();
-        if constexpr (C.ordered != 0) {
+        if (C.chained != 0 && step.last_head < 0) {
           ptx::bulk_wait<0>();
           ptx::fence_async_global();
           ptx::add_release(turns, 1);

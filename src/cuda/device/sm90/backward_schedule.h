@@ -19,7 +19,7 @@ __device__ __forceinline__ const int32_t* key_order(const BackwardParams& p,
 }
 
 // Items in this order: chunks of (batch, kv head) pairs one after the other, so that a chunk's Q,
-// dO and dQ stay in L2; inside a chunk the longest key tiles of all its pairs first. With ordered
+// dO and dQ stay in L2; inside a chunk the longest key tiles of all its pairs first. With chained
 // sums the last key tile comes first instead: under a causal mask a block's first row tile is then
 // one that nobody before it adds to, so hardly anything is waited for (with the first key tile
 // first, all blocks of a head would have to march at the same row).
@@ -36,7 +36,7 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   item.batch = pair / p.kv_heads;
   item.kv_head = pair - item.batch * p.kv_heads;
   const int first_head = item.kv_head * p.group_heads;
-  if constexpr (C.ordered != 0) {
+  if constexpr (C.chained != 0) {
     item.key_tile = tiles - 1 - rank;
   } else {
     item.key_tile =
@@ -81,7 +81,7 @@ __device__ __forceinline__ void for_each_row_tile(const BackwardParams& p, const
   }
 }
 
-// Ordered sums: how many key tiles come before this one among those that the row tile really meets.
+// Chained: how many key tiles come before this one among those that the row tile really meets.
 __device__ __forceinline__ int turn_of(const BackwardParams& p, const BackwardItem& item, int head,
                                        int row_tile, int lane) {
   const plan::TileMap& map = p.rows;

@@ -17,10 +17,10 @@ struct BackwardItem {
 
 // One row tile of one query head.
 struct BackwardStep {
-  int32_t row_tile;  // among all of the workspace: (batch * q_heads + head) * row_tiles + tile
-  int32_t partial;   // its bits are needed
-  int32_t turn;      // ordered: how many key tiles add to its dQ before this one
-  int32_t padding;
+  int32_t row_tile;   // among all of the workspace: (batch * q_heads + head) * row_tiles + tile
+  int32_t partial;    // its bits are needed
+  int32_t turn;       // chained: how many key tiles add to its dQ before this one,
+  int32_t last_head;  // and the query head where no other follows, else -1
 };
 
 // Bits that are to be made: of one row tile and key tile. row_tile < 0: no more work.

@@ -49,7 +49,8 @@ struct BackwardWide {
   __device__ __forceinline__ void issue_piece(float (&piece)[kPieceValues]) {
     shared.q_full[q_ring.slot].wait(q_ring.parity);
     shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
-    const uint32_t a = w == 0 ? ptx::lower_k_major(shared.k[0]) : ptx::lower_k_major(shared.v);
+    const uint32_t a =
+        ptx::opaque(w == 0 ? ptx::lower_k_major(shared.k[0]) : ptx::lower_k_major(shared.v));
     const uint32_t b = w == 0 ? ptx::lower_k_major(shared.q[q_ring.slot])
                               : ptx::lower_k_major(shared.out_grad[o_ring.slot]);
     ptx::pin(piece);
@@ -79,7 +80,7 @@ struct BackwardWide {
   }
 
   __device__ __forceinline__ void issue_q_grad(float (&q_grad)[kPart / 2]) {
-    const uint32_t a = ptx::lower_mn_major(shared.slopes, kSlabBytes);
+    const uint32_t a = ptx::opaque(ptx::lower_mn_major(shared.slopes, kSlabBytes));
     const uint32_t b =
         ptx::lower_mn_major(shared.k[0], kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
     ptx::pin(q_grad);
@@ -134,12 +135,12 @@ struct BackwardWide {
 
   // One row tile; its piece is issued. kMore: on return the next one's is.
   template <bool kMore>
-  __device__ __forceinline__ void one_step(float (&piece)[kPieceValues], float (&k_grad)[kPart / 2],
-                                           float (&v_grad)[kPart / 2]) {
+  __device__ __forceinline__ void one_step(const BackwardItem& item, float (&piece)[kPieceValues],
+                                           float (&k_grad)[kPart / 2], float (&v_grad)[kPart / 2]) {
     const int q_slot = q_ring.slot, o_slot = o_ring.slot;
     const BackwardStep& read = shared.steps[q_slot];
     const BackwardStep step = {ptx::uniform(read.row_tile), ptx::uniform(read.partial), read.turn,
-                               0};
+                               C.chained != 0 ? ptx::uniform(read.last_head + 1) - 1 : -1};
     q_ring.next();
     o_ring.next();
 
@@ -162,7 +163,11 @@ struct BackwardWide {
     ptx::pin(q_grad);
     if (w == 1) arrive(shared.weights_empty);
     arrive(shared.out_grad_empty[o_slot]);
-    add_in_turn<C>(p, step, w, 32 * warp + lane, q_grad);
+    if (C.chained != 0 && step.last_head >= 0) {
+      finish_in_turn<C>(p, step, item.batch, w, 32 * warp + lane, q_grad);
+    } else {
+      add_in_turn<C>(p, step, w, 32 * warp + lane, q_grad);
+    }
     if constexpr (kMore) {
       issue_piece(piece);
       ptx::wgmma_wait<1>();  // dK
@@ -174,7 +179,7 @@ struct BackwardWide {
     arrive(shared.q_empty[q_slot]);
   }
 
-  __device__ __forceinline__ void all_steps(int steps, float (&k_grad)[kPart / 2],
+  __device__ __forceinline__ void all_steps(const BackwardItem& item, float (&k_grad)[kPart / 2],
                                             float (&v_grad)[kPart / 2]) {
     float piece[kPieceValues];  // S, then P; or dP
     shared.k_full[0].wait(kv_parity);
@@ -182,8 +187,8 @@ struct BackwardWide {
     kv_parity ^= 1;
     issue_piece(piece);
 #pragma unroll 1
-    for (int t = 1; t < steps; ++t) one_step<true>(piece, k_grad, v_grad);
-    one_step<false>(piece, k_grad, v_grad);
+    for (int t = 1; t < item.steps; ++t) one_step<true>(item, piece, k_grad, v_grad);
+    one_step<false>(item, piece, k_grad, v_grad);
     arrive(shared.k_empty[0]);
     arrive(shared.v_empty);
   }
@@ -217,7 +222,7 @@ struct BackwardWide {
       float k_grad[kPart / 2], v_grad[kPart / 2];
 #pragma unroll
       for (int i = 0; i < kPart / 2; ++i) k_grad[i] = v_grad[i] = 0.0f;
-      if (item.steps > 0) all_steps(item.steps, k_grad, v_grad);
+      if (item.steps > 0) all_steps(item, k_grad, v_grad);
       store(item, k_grad, v_grad);
     }
   }
