@@ -1,4 +1,5 @@
-// A small thread pool of the library's own: OpenMP inside a wheel fights with torch's.
+// Loops on all cores: on the process's OpenMP team where it has one (torch brings one), else on a
+// small pool of the library's own. An OpenMP runtime inside the wheel would fight with torch's.
 #pragma once
 
 #include <cstdint>
