@@ -3,7 +3,7 @@ PRESET ?= release
 PYTHON_BIN = .venv/bin/python
 CPP_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c')
 
-.PHONY: help demo test test-cpp test-python test-gpu lint format clean
+.PHONY: help demo test build test-cpp test-python test-gpu lint format clean
 
 help:
 	@echo "make demo     train a small language model with and without anymask; ends with a report"
@@ -17,16 +17,18 @@ demo:
 
 test: lint test-cpp test-python
 
-test-cpp: setup-dev
+build: setup-dev
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --preset $(PRESET) -DPython3_EXECUTABLE=$(CURDIR)/$(PYTHON_BIN)
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" cmake --build --preset $(PRESET)
+
+test-cpp: build
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" ctest --preset $(PRESET)
 
 test-python: setup-dev
 	@$(PYTHON_BIN) -m pytest tests/python $(ARGS)
 
-test-gpu: setup-dev
-	@$(PYTHON_BIN) -m pytest tests/gpu $(ARGS)
+test-gpu: build
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" ctest --preset $(PRESET) -R OnGpu
 
 lint: setup-dev
 	@.venv/bin/ruff check .
