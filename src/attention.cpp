@@ -21,6 +21,18 @@ namespace {
   throw Unsupported("the backward pass on CUDA is not there yet; move the tensors to the CPU");
 }
 
+// What the kernels do not do yet.
+void refuse_scores(const ScoreOptions& scores) {
+  const auto refuse = [](const char* name, bool given) {
+    if (given) throw Unsupported(std::string(name) + ": not available yet");
+  };
+  refuse("key_bias", scores.key_bias.given());
+  refuse("bias", scores.bias.given());
+  refuse("sink", scores.sink.given());
+  refuse("softcap", scores.softcap > 0);
+  refuse("dropout_p", scores.dropout_p > 0);
+}
+
 bool on_cuda(const Problem& problem) { return problem.device.type == DeviceType::cuda; }
 
 // A mask lowered for a problem, and how its plan lies in a buffer.
@@ -117,6 +129,7 @@ int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool 
 void attention_forward(const ForwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_forward(args, problem);
+  refuse_scores(args.scores);
   const double scale = check_scale(args.scale, problem);
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
   if (on_cuda(problem)) return cuda::forward(args, problem, plan.get(), scale);
@@ -133,6 +146,7 @@ void attention_forward(const ForwardArgs& args) {
 void attention_backward(const BackwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_backward(args, problem);
+  refuse_scores(args.scores);
   const double scale = check_scale(args.scale, problem);
   if (on_cuda(problem)) fail_no_cuda_backward();
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);

@@ -17,7 +17,7 @@ from torch import Tensor
 from anymask import _tensors
 from anymask._library import check, library
 from anymask._tensors import pack_torch
-from anymask.attention import FORWARD_TAIL, NAN
+from anymask.attention import FORWARD_TAIL, NAN, NO_SCORES
 from anymask.plans import ALIGNMENT, aligned_bytes
 
 # The end of anymask_backward_args: as FORWARD_TAIL, then deterministic, reserved
@@ -165,6 +165,7 @@ def forward(
             pack_torch(out, "out"),
             pack_torch(lse, "lse"),
             mask,
+            NO_SCORES,
             FORWARD_TAIL.pack(*tail),
         )
     )
@@ -219,6 +220,8 @@ def backward(
             pack_torch(gradients[1], "dk"),
             pack_torch(gradients[2], "dv"),
             mask,
+            NO_SCORES,
+            NO_SCORES,
             _BACKWARD_TAIL.pack(*tail, deterministic, 0),
         )
     )

@@ -15,6 +15,8 @@ from anymask.plans import Plan, Problem, pointer_to
 # The end of anymask_forward_args after the mask: plan, plan_bytes, scale, stream, workspace, bytes
 FORWARD_TAIL = struct.Struct("@PqdPPq")
 NAN = float("nan")
+# The pointer to anymask_score_options where there are none.
+NO_SCORES = bytes(8)
 _FULL = Mask((0, 0, 0, 0))
 _FLOATS = ("float32", "float16", "bfloat16", "float64")
 
@@ -141,5 +143,5 @@ def _numpy_attention(
     views = (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))
     args = b"".join([_tensors.pack_numpy(array, name) for name, array in views])
     tail = FORWARD_TAIL.pack(plan_pointer, plan_bytes, NAN if scale is None else scale, 0, 0, 0)
-    check(library().anymask_attention_forward(args + packed + tail))
+    check(library().anymask_attention_forward(args + packed + NO_SCORES + tail))
     return out, lse
