@@ -159,7 +159,7 @@ def forward(
     out, lse = forward_outputs(q, k, v)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, None)
-    options, _options = _pack_options(scores)
+    options, _options = _pack_options(scores) if scores else (NO_SCORES, None)
     args = b"".join(
         (
             pack_torch(q, "q"),
@@ -177,8 +177,6 @@ def forward(
 
 
 def _pack_options(scores: tuple[Any, ...]) -> tuple[bytes, Any]:
-    if not scores:
-        return NO_SCORES, None
     options = ScoreOptions(*scores)
     if options.bias is not None and options.bias.stride(-1) not in (0, 1):
         options = options._replace(bias=options.bias.contiguous())
@@ -219,8 +217,13 @@ def backward(
     dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
-    options, _options = _pack_options(scores)
-    score_gradients, _gradients = _pack_gradients(gradients, wanted)
+    options, _options = _pack_options(scores) if scores else (NO_SCORES, None)
+    score_gradients, _gradients = NO_SCORES, None
+    if len(gradients) > 3:
+        names = [name for name, needed in zip(_scores.DIFFERENTIABLE, wanted) if needed]
+        score_gradients, _gradients = _scores.pack_gradients(
+            dict(zip(names, gradients[3:])), pack_torch
+        )
     dlse_view = _tensors.NO_TENSOR
     if dlse is not None:
         dlse = dlse.contiguous()
@@ -253,15 +256,9 @@ def empty_gradients(
     """Memory for dq, dk, dv and the gradients of the score options that are wanted."""
     # empty_like keeps the layout of dense tensors, so that a transposed leaf gets its own back.
     gradients = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
-    gradients += [x.new_empty(x.shape) for x, needed in zip(scores, wanted) if needed]
+    if wanted:
+        gradients += [x.new_empty(x.shape) for x, needed in zip(scores, wanted) if needed]
     return gradients
-
-
-def _pack_gradients(gradients: list[Tensor], wanted: Sequence[bool]) -> tuple[bytes, Any]:
-    if not any(wanted):
-        return NO_SCORES, None
-    names = [name for name, needed in zip(_scores.DIFFERENTIABLE, wanted) if needed]
-    return _scores.pack_gradients(dict(zip(names, gradients[3:])), pack_torch)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:

@@ -93,9 +93,6 @@ def _top_keys_fake(scores, keep, q_len):  # type: ignore[no-untyped-def]
 # ---- autograd -----------------------------------------------------------------------------------
 
 
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
-
-
 def _alone(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any] = ()) -> bool:
     """Nobody but autograd watches this call: no tracing mode, torch.func transform or subclass.
     Then the kernels below call the library at once, which saves half of a small call's time."""
@@ -108,9 +105,9 @@ def _alone(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any] = ()) -> bool
     )
 
 
-# Arguments of anymask::forward before the score options, of which the first have gradients.
-_BEFORE_OPTIONS = 8
-_DIFFERENTIABLE = slice(_BEFORE_OPTIONS, _BEFORE_OPTIONS + 3)
+_PLAIN = (Tensor, torch.nn.Parameter, type(None), float)
+# Arguments of anymask::forward before the score options, of which four are tensors.
+_BEFORE_OPTIONS, _OPTION_TENSORS = 8, 4
 
 
 class _Attention(torch.autograd.Function):
@@ -118,7 +115,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, *rest):  # type: ignore[no-untyped-def]
-        if _alone(q, k, v, rest[5:9]):
+        if _alone(q, k, v, rest[_BEFORE_OPTIONS - 3 :]):
             return calls.forward(q, k, v, *rest)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.anymask.forward(q, k, v, *rest)
@@ -126,34 +123,35 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
         q, k, v, mask_arrays, mask_spec, plan, scale, deterministic, *options = inputs
-        out, lse = output
-        ctx.tensors = len(options[:4])
-        ctx.save_for_backward(q, k, v, out, lse, plan, *options[:4], *mask_arrays)
-        ctx.mask_spec = mask_spec
-        ctx.scale = scale
-        ctx.deterministic = deterministic
-        ctx.numbers = options[4:]
+        tensors, numbers = options[:_OPTION_TENSORS], options[_OPTION_TENSORS:]
+        ctx.save_for_backward(q, k, v, *output, plan, *tensors, *mask_arrays)
+        ctx.settings = mask_spec, scale, deterministic, len(tensors), numbers
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
         q, k, v, out, lse, plan, *arrays = ctx.saved_tensors
+        mask_spec, scale, deterministic, count, numbers = ctx.settings
+        needed = ctx.needs_input_grad
         if dout is None and dlse is None:
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * len(needed)
+        # The differentiable options are the first, and None where they are not given.
+        options, wanted = (), ()
+        if count > 0:
+            options = (*arrays[:count], *numbers)
+            wanted = needed[_BEFORE_OPTIONS : _BEFORE_OPTIONS + len(_scores.DIFFERENTIABLE)]
         gradients = torch.ops.anymask.backward
-        options, mask_arrays = arrays[: ctx.tensors], arrays[ctx.tensors :]
         if not torch.is_grad_enabled() and _alone(q, k, v, options):
             gradients = calls.backward
-        wanted = ctx.needs_input_grad[_DIFFERENTIABLE]
         dq, dk, dv, *others = gradients(
-            dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
-            ctx.deterministic, wanted, *options, *ctx.numbers,
+            dout, dlse, q, k, v, out, lse, arrays[count:], mask_spec, plan, scale, deterministic,
+            wanted, *options,
         )  # fmt: skip
-        result = [dq, dk, dv, *(None,) * (len(ctx.needs_input_grad) - 3)]
-        for i, needed in enumerate(wanted, _BEFORE_OPTIONS):
-            if needed:
-                result[i] = others.pop(0)
-        return tuple(result)
+        if count == 0:
+            return dq, dk, dv, None, None, None, None, None
+        of_options = [others.pop(0) if one else None for one in wanted]
+        missing = len(needed) - _BEFORE_OPTIONS - len(of_options)
+        return (dq, dk, dv, None, None, None, None, None, *of_options, *(None,) * missing)
 
 
 class _Gradient(torch.autograd.Function):
@@ -346,12 +344,13 @@ def attention(
         q.requires_grad
         or k.requires_grad
         or v.requires_grad
-        or any(option is not None and option.requires_grad for option in scores[:3])
+        or (scores and any(x is not None and x.requires_grad for x in scores[:3]))
     ):
         # Made here rather than inside forward, so that autograd saves it for backward.
         buffer = torch.ops.anymask.plan(arrays, mask.spec, sizes, q.dtype, q.device)
     else:
         buffer = None
-    return torch.ops.anymask.forward(
-        q, k, v, arrays, mask.spec, buffer, scale, deterministic, *scores
-    )
+    forward = torch.ops.anymask.forward
+    if not scores:  # unpacking nothing takes time too
+        return forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)
+    return forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic, *scores)
