@@ -1,8 +1,8 @@
 """Differential fuzzer of mask trees.
 
 Draws random expressions of masks, shapes and types, and compares what the library makes of them
-with NumPy's: the dense mask, tile classes, plans, and attention forward and backward on every
-instruction set. Runs for as long as one likes:
+with NumPy's: the dense mask, tile classes, plans, and attention forward and backward, with biases,
+sinks, softcap and dropout or without, on every instruction set. Runs for as long as one likes:
 
     python tests/python/fuzz_masks.py --seconds 600
 
@@ -20,6 +20,7 @@ import anymask as am
 import mask_cases
 import numpy as np
 import reference
+import reference_scores
 import torch
 from anymask import machine
 
@@ -42,6 +43,8 @@ def run_case(seed: int) -> None:
         np.testing.assert_array_equal(mask_cases.dense_of(mask, b, h, m, n), allowed)
         check_tiles(rng, mask, b, h, m, n)
     check_attention(rng, mask, allowed, (b, h, kv_heads, m, n))
+    if rng.random() < 0.3:
+        check_scores(rng, mask, allowed, (b, h, kv_heads, m, n))
 
 
 def check_tiles(rng, mask, b, h, m, n):
@@ -87,6 +90,42 @@ def check_attention(rng, mask, allowed, sizes):
         np.testing.assert_allclose(
             x / scale, y / scale, rtol=0, atol=tolerance, err_msg=f"{name} {dtype} {mask!r}"
         )
+
+
+def check_scores(rng, mask, allowed, sizes):
+    b, h, kv_heads, m, n = sizes
+    dtype = str(rng.choice(["float64", "float32"]))
+    kind, allowed = getattr(torch, dtype), torch.from_numpy(np.array(allowed))
+
+    def leaf(*shape):
+        return torch.from_numpy(rng.standard_normal(shape)).to(kind).requires_grad_()
+
+    def either(size):
+        return size if rng.random() < 0.5 else 1
+
+    d = int(rng.choice([8, 24]))
+    q, k, v = leaf(b, m, h, d), leaf(b, n, kv_heads, d), leaf(b, n, kv_heads, d)
+    options = {
+        "bias": leaf(either(b), either(h), either(m), n),
+        "key_bias": leaf(either(b), mask_cases.divisor(rng, h), n),
+        "sink": leaf(h),
+    }
+    leaves = [q, k, v, *options.values()]
+    numbers = {"softcap": float(rng.choice([0.0, 2.0])), "dropout_p": float(rng.choice([0.0, 0.2]))}
+    seed = int(rng.integers(-(2**62), 2**62))
+    kept = torch.from_numpy(reference_scores.kept(numbers["dropout_p"], seed, b, h, m, n))
+    out = am.attention(q, k, v, mask, seed=seed, **options, **numbers)
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    ref, _, _ = reference_scores.attention(
+        *doubles[:3], allowed, kept=kept, **dict(zip(options, doubles[3:])), **numbers
+    )
+    dout = torch.from_numpy(rng.standard_normal(tuple(out.shape))).to(kind)
+    got = torch.autograd.grad(out, leaves, dout)
+    expected = torch.autograd.grad(ref, doubles, dout.double())
+    for name, x, y in zip(("out", "dq", "dk", "dv", *options), (out, *got), (ref, *expected)):
+        scale = max(1.0, float(y.detach().abs().max())) if y.numel() else 1.0
+        error = float((x.detach().double() - y.detach()).abs().max()) if y.numel() else 0.0
+        assert error <= DTYPES[dtype] * scale, f"{name} {dtype} {mask!r}: error {error:.2e}"
 
 
 def fuzz(seconds: float, seed: int = 0, count: int | None = None) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import re
+from pathlib import Path
 
 import anymask as am
 import numpy as np
@@ -18,6 +20,18 @@ def test_docstrings(name):
     names = {**vars(module), "am": am, "np": np}
     results = doctest.testmod(module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.failed == 0
+
+
+@pytest.mark.parametrize("page", ["scores.md"])
+def test_pages(page):
+    """The blocks of a page run, one after the other."""
+    pytest.importorskip("torch")
+    path = Path(__file__).parents[2] / "docs" / page
+    blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text("utf-8"), re.M | re.S)
+    assert blocks
+    names = {"__name__": "page"}
+    for block in blocks:
+        exec(compile(block, page, "exec"), names)
 
 
 def test_public_names_are_documented():
