@@ -1,6 +1,7 @@
 #include "cuda/backward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "anymask/error.hpp"
@@ -27,12 +28,11 @@ constexpr KernelFamily kMain =
     family("backward", "cuda/device/sm90/backward.h", "anymask::cuda::backward_kernel", true);
 constexpr KernelFamily kFinish = family("backward_finish", "cuda/device/sm90/backward_finish.h",
                                         "anymask::cuda::backward_finish_kernel", false);
-constexpr int kRowTileThreads = 256;  // of the kernels before and after: a block a row tile
+constexpr int kPrepareThreads = 256;
 
 // ---- variants -----------------------------------------------------------------------------------
 
-// docs/kernels/backward.md has the reasons. The registers of the three warpgroups must not be more
-// than a launch with 384 threads deals out: 3 x 168.
+// docs/kernels/backward.md has the reasons.
 constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, bool machine,
                                  bool chained) {
   BackwardConfig c{};
@@ -40,11 +40,12 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   c.chained = chained;
   c.machine = machine;
   c.bit_slots = 4;
-  c.k_stages = 1;
+  c.slope_slots = 1;
   c.o_stages = 2;
   if (std::max(head_dim, v_head_dim) > 128) {
     c.wide = 1;
     c.depth = c.value_depth = 256;
+    c.k_stages = 1;
     c.q_stages = 2;
     c.math_registers = chained ? 232 : 224;
     c.load_registers = chained ? 40 : 56;
@@ -52,16 +53,13 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   }
   c.depth = head_dim <= 64 ? 64 : 128;
   c.value_depth = v_head_dim <= 64 ? 64 : 128;
-  c.staged = 1;
-  // A second place for K lets the next item's first products run while dK is being stored.
+  // A second place for K lets the next item's first product run while dK is being stored.
   c.k_stages = 2;
-  // With 2 x 64 accumulators for dK and dV in a thread, dS fits as an operand only if the next S
-  // comes late.
+  c.q_stages = 3;
   const int total = c.depth + c.value_depth;
-  c.late_scores = total == 256;
-  c.q_stages = total == 256 ? 2 : 3;
-  c.math_registers = total == 256 ? 240 : total == 192 ? 232 : 208;
-  c.load_registers = total == 256 ? 24 : total == 192 ? 40 : 88;
+  c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
+  c.query_registers = total == 256 ? 72 : total == 192 ? 80 : 96;
+  c.load_registers = total == 256 ? 24 : total == 192 ? 80 : 96;
   return c;
 }
 
@@ -72,9 +70,9 @@ constexpr bool variants_fit() {
   for (const int depth : kDims) {
     for (const int value_depth : kDims) {
       const BackwardConfig c = variant(depth, value_depth, false, false, true);
-      const int at_launch = 65536 / c.threads() / 8 * 8 * (kBackwardWarpgroups + 1);
-      if (c.shared_bytes() > kSharedBytes) return false;
-      if (kBackwardWarpgroups * c.math_registers + c.load_registers > at_launch) return false;
+      // What the launch deals out in eights a thread is what the warpgroups can trade.
+      const int at_launch = 65536 / c.threads() / 8 * 8 * c.warpgroups();
+      if (c.shared_bytes() > kSharedBytes || c.registers() > at_launch) return false;
     }
   }
   return true;
@@ -89,19 +87,20 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
     few.depth = c.depth;
     few.value_depth = c.value_depth;
     few.chained = c.chained;
+    few.wide = c.wide;
     c = few;
   }
   KernelConfig config;
   config.family = &family;
-  config.values = {c.half,     c.depth,         c.value_depth, c.wide,           c.k_stages,
-                   c.q_stages, c.o_stages,      c.staged,      c.chained,        c.bit_slots,
-                   c.machine,  c.slope_operand, c.late_scores, c.math_registers, c.load_registers};
-  config.count = 15;
-  config.threads = main ? c.threads() : kRowTileThreads;
+  config.values = {c.half,     c.depth,          c.value_depth,     c.wide,          c.k_stages,
+                   c.q_stages, c.o_stages,       c.slope_slots,     c.chained,       c.bit_slots,
+                   c.machine,  c.math_registers, c.query_registers, c.load_registers};
+  config.count = 14;
+  config.threads = &family == &kFinish ? 128 * c.parts() : main ? c.threads() : kPrepareThreads;
   config.shared_bytes = main ? c.shared_bytes() : 0;
   return config;
 }
-static_assert(sizeof(BackwardConfig) == 15 * sizeof(int32_t));
+static_assert(sizeof(BackwardConfig) == 14 * sizeof(int32_t));
 
 // ---- workspace ----------------------------------------------------------------------------------
 
@@ -110,7 +109,7 @@ struct Workspace {
 
   Workspace(int64_t row_tiles, const BackwardConfig& c) {
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
-    stats = take(row_tiles * kBackwardRows * 8);
+    stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.chained != 0 ? row_tiles * 8 : 0);
     next_item = take(4);
     bytes = used_;
@@ -184,7 +183,13 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.value_depth = static_cast<int32_t>(problem.v_head_dim);
   constexpr double kLog2E = 1.4426950408889634;
   params.scale = static_cast<float>(call.scale);
-  params.scale_log2 = static_cast<float>(call.scale * kLog2E);
+  // S loses lse / scale, so the scale in there must not be 0: one that leaves nothing of any score
+  // takes its place. Units of lse's parts: fp16's range then holds every |lse| below 4 million.
+  constexpr double kLeastScale = 1.0 / (1 << 22);
+  const double scale =
+      std::abs(call.scale) < kLeastScale ? std::copysign(kLeastScale, call.scale) : call.scale;
+  params.scale_log2 = static_cast<float>(scale * kLog2E);
+  params.lse_exponent = std::clamp(6 - std::ilogb(scale), -14, 15);
   params.row_tiles = static_cast<int32_t>(row_tiles_of(problem.q_len));
   params.pairs = static_cast<int32_t>(problem.batch * problem.kv_heads);
   params.items = checked_count(int64_t{params.pairs} * call.columns.outer_tiles, "key tiles");
@@ -236,7 +241,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   char* workspace = static_cast<char*>(call.workspace);
   const Workspace layout(tiles, config);
   params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
-  params.stats = reinterpret_cast<float*>(workspace + layout.stats);
+  params.stats = reinterpret_cast<uint16_t*>(workspace + layout.stats);
   params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
   params.next_item = reinterpret_cast<int32_t*>(workspace + layout.next_item);
 

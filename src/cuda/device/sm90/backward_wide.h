@@ -11,6 +11,7 @@
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
 #include "cuda/device/sm90/backward_store.h"
+#include "cuda/device/sm90/backward_sums.h"
 
 namespace anymask::cuda {
 
@@ -61,6 +62,7 @@ struct BackwardWide {
       ScoreProduct::product_ss(piece, ptx::descriptor(a + offset), ptx::descriptor(b + offset),
                                i > 0);
     }
+    add_stats<kHalf>(piece, shared.units[w], (2 - w) * 128, shared.stats[q_ring.slot]);
     ptx::wgmma_commit();
   }
 
@@ -80,7 +82,7 @@ struct BackwardWide {
   }
 
   __device__ __forceinline__ void issue_q_grad(float (&q_grad)[kPart / 2]) {
-    const uint32_t a = ptx::opaque(ptx::lower_mn_major(shared.slopes, kSlabBytes));
+    const uint32_t a = ptx::opaque(ptx::lower_mn_major(shared.slopes[0], kSlabBytes));
     const uint32_t b =
         ptx::lower_mn_major(shared.k[0], kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
     ptx::pin(q_grad);
@@ -95,9 +97,9 @@ struct BackwardWide {
 
   // ---- between the products ---------------------------------------------------------------------
 
-  __device__ __forceinline__ void publish_weights(const BackwardStep& step, int stage,
+  __device__ __forceinline__ void publish_weights(const BackwardStep& step,
                                                   float (&piece)[kPieceValues]) {
-    weights_from_scores(piece, shared.stats[stage][0], p.scale_log2, lane % 4);
+    weights_from_scores(piece, p.scale_log2);
     if (step.partial != 0) {
       uint32_t words[2][2];
       shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
@@ -117,17 +119,17 @@ struct BackwardWide {
     ptx::fence_async_shared();
   }
 
-  __device__ __forceinline__ void publish_slopes(int stage, const float (&piece)[kPieceValues]) {
+  __device__ __forceinline__ void publish_slopes(const float (&piece)[kPieceValues]) {
     uint32_t weights[kPieceValues / 2], slopes[kPieceValues / 2];
     load_fragments(fragment_address(shared.weights, 16 * warp, lane), weights);
     pack_slopes<kHalf>(
-        piece, shared.stats[stage][1], lane % 4,
+        piece,
         [&](int i) {
           return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2])
                             : ptx::high_of<kHalf>(weights[i / 2]);
         },
         slopes);
-    store_fragments(fragment_address(shared.slopes, 16 * warp, lane), slopes);
+    store_fragments(fragment_address(shared.slopes[0], 16 * warp, lane), slopes);
     ptx::fence_async_shared();
   }
 
@@ -150,15 +152,15 @@ struct BackwardWide {
     ptx::pin(piece);
     ptx::pin(k_grad);
     ptx::pin(v_grad);
-    if (w == 0) publish_weights(step, q_slot, piece);
+    if (w == 0) publish_weights(step, piece);
     ptx::named_sync(kWeightsBarrier, 128 * kBackwardWarpgroups);
     issue_grad(v_grad, shared.weights, shared.out_grad[o_slot]);
-    if (w == 1) publish_slopes(q_slot, piece);
+    if (w == 1) publish_slopes(piece);
     ptx::named_sync(kSlopesBarrier, 128 * kBackwardWarpgroups);
 
     float q_grad[kPart / 2];
     issue_q_grad(q_grad);
-    issue_grad(k_grad, shared.slopes, shared.q[q_slot]);
+    issue_grad(k_grad, shared.slopes[0], shared.q[q_slot]);
     ptx::wgmma_wait<1>();  // all but dK
     ptx::pin(q_grad);
     if (w == 1) arrive(shared.weights_empty);
