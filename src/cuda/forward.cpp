@@ -66,17 +66,6 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
   return c;
 }
 
-MaskPath mask_path(const rules::Program& program, const RunRecipe& recipe) {
-  using rules::IntervalForm;
-  if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
-  bool one_run = recipe.bits < 0 && recipe.ids < 0;
-  if (recipe.intervals >= 0) {
-    const auto form = static_cast<IntervalForm>(program.nodes[recipe.intervals].flag);
-    one_run = one_run && (form == IntervalForm::kFrom || form == IntervalForm::kOutside);
-  }
-  return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
-}
-
 constexpr int kDepths[] = {64, 128, 192, 256};
 
 constexpr bool variants_fit() {
@@ -137,8 +126,8 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   ForwardParams params{};
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
-  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-                                       mask_path(*call.program, params.recipe));
+  const ForwardConfig config =
+      variant(padded(problem.head_dim), padded(problem.v_head_dim), half, mask_path(params.recipe));
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
