@@ -103,6 +103,7 @@ struct BackwardParams {
   int32_t row_tiles;
   int32_t pairs;  // batch * kv_heads: (batch, kv head) pairs, heads innermost
   int32_t chunk;  // pairs that run together, so that their Q, dO and dQ stay in L2
+  int32_t tail;   // pairs at the end that run together, so that blocks end together
   int32_t items;  // pairs * key tiles
 
   plan::TileMap columns;  // outer: key tiles

@@ -52,9 +52,7 @@ struct BackwardQuery {
   const int lane;
 
   Ring<C.k_stages> k_ring;
-  Ring<C.slope_slots> slope_ring;
-  Ring<kSentSlots> sent_ring;
-  Ring<kTurnSlots> turn_ring;
+  uint32_t done = 0;  // steps; says where every ring is, since registers are few
 
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
     __syncwarp();
@@ -73,30 +71,29 @@ struct BackwardQuery {
   }
 
   __device__ __forceinline__ void one_step(const BackwardItem& item, QuerySums<C>& sums) {
-    shared.slopes_full[slope_ring.slot].wait(slope_ring.parity);
-    const BackwardStep& sent = shared.sent[sent_ring.slot];
+    const int slot = done % C.slope_slots;
+    shared.slopes_full[slot].wait(done / C.slope_slots & 1);
+    const BackwardStep& sent = shared.sent[done % kSentSlots];
     const BackwardStep step = {ptx::uniform(sent.row_tile), 0, 0,
                                C.chained != 0 ? ptx::uniform(sent.turn) : 0,
                                C.chained != 0 ? ptx::uniform(sent.last_head + 1) - 1 : -1};
-    const uint32_t a = ptx::lower_mn_major(shared.slopes[slope_ring.slot], kKeySlabBytes);
-#pragma unroll
+    const uint32_t a = ptx::lower_mn_major(shared.slopes[slot], kKeySlabBytes);
+#pragma unroll 1
     for (int part = 0; part < C.parts(); ++part) {
       float q_grad[kPart / 2];
       issue(q_grad, a, ptx::lower_mn_major(shared.k[k_ring.slot][part], kKeySlabBytes));
       ptx::wgmma_wait<0>();
       ptx::pin(q_grad);
-      if (part == C.parts() - 1) arrive(shared.slopes_empty[slope_ring.slot]);
+      if (part == C.parts() - 1) arrive(shared.slopes_empty[slot]);
       if (C.chained != 0 && part == 0) {
         sums.settle();
-        shared.turn_full[turn_ring.slot].wait(turn_ring.parity);
-        arrive(shared.turn_empty[turn_ring.slot]);
-        turn_ring.next();
+        shared.turn_full[done % kTurnSlots].wait(done / kTurnSlots & 1);
+        arrive(shared.turn_empty[done % kTurnSlots]);
       }
       sums.add(step, item.batch, part, q_grad);
     }
     sums.finish(step);
-    slope_ring.next();
-    sent_ring.next();
+    ++done;
   }
 
   __device__ __forceinline__ void run() {

@@ -26,9 +26,9 @@ __device__ __forceinline__ const int32_t* key_order(const BackwardParams& p,
 template <BackwardConfig C>
 __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int index) {
   const int tiles = p.columns.outer_tiles;
-  const int chunk = index / (p.chunk * tiles);
-  const int first_pair = chunk * p.chunk;
-  const int pairs = rules::min_of(p.chunk, p.pairs - first_pair);
+  const int before_tail = p.pairs - p.tail;  // whole chunks
+  const int first_pair = rules::min_of(index / (p.chunk * tiles) * p.chunk, before_tail);
+  const int pairs = first_pair < before_tail ? p.chunk : p.tail;
   const int rest = index - first_pair * tiles;
   const int rank = rest / pairs;
   const int pair = first_pair + rest - rank * pairs;

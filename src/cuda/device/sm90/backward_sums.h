@@ -24,27 +24,27 @@ struct QuerySums {
   const BackwardParams& p;
   const int first_part;  // that this warpgroup makes
   const int thread;
-  int32_t* owed = nullptr;  // the turn that is still to be passed on
+  int owed = -1;  // the row tile whose turn is still to be passed on
 
   // Until the step's turn has come.
   __device__ __forceinline__ void await(const BackwardStep& step) const {
     if (C.chained == 0 || step.turn == 0) return;
-    if (thread == 0) await_turn(turns_of(step), step.turn);
+    if (thread == 0) await_turn(turns_of(step.row_tile), step.turn);
     ptx::named_sync(kTurnBarrier + first_part, 128);
   }
 
   __device__ __forceinline__ void finish(const BackwardStep& step) {
     if constexpr (C.chained == 0) return;
-    if (step.last_head < 0) owed = turns_of(step);
+    if (step.last_head < 0) owed = step.row_tile;
   }
 
   // At the end of an item too, where the next step may be far.
   __device__ __forceinline__ void settle() {
-    if (C.chained == 0 || owed == nullptr) return;
+    if (C.chained == 0 || owed < 0) return;
     __threadfence();
     ptx::named_sync(kTurnBarrier + first_part, 128);
-    if (thread == 0) ptx::add_release(owed, 1);
-    owed = nullptr;
+    if (thread == 0) ptx::add_release(turns_of(owed), 1);
+    owed = -1;
   }
 
   template <int kCount>
@@ -68,8 +68,8 @@ struct QuerySums {
   }
 
  private:
-  __device__ __forceinline__ int32_t* turns_of(const BackwardStep& step) const {
-    return p.turns + 2 * static_cast<int64_t>(step.row_tile) + first_part;
+  __device__ __forceinline__ int32_t* turns_of(int row_tile) const {
+    return p.turns + 2 * static_cast<int64_t>(row_tile) + first_part;
   }
 
   __device__ __forceinline__ float* sums_of(const BackwardStep& step, int part) const {
