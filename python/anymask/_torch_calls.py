@@ -155,6 +155,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator anymask::forward."""
     out, lse = forward_outputs(q, k, v)
+    q, k, v = _loadable(q), _loadable(k), _loadable(v)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, None)
     args = b"".join(
@@ -199,7 +200,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator anymask::backward."""
     gradients = empty_gradients(q, k, v)
-    dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
+    dout = torch.zeros_like(out) if dout is None else _loadable(_rows_contiguous(dout))
+    q, k, v, out = _loadable(q), _loadable(k), _loadable(v), _loadable(out)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
     dlse_view = _tensors.NO_TENSOR
@@ -234,6 +236,17 @@ def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _loadable(tensor: Tensor) -> Tensor:
+    """The tensor, copied if CUDA's copy engine cannot read it: it needs addresses and strides of
+    whole 16 bytes, which is 8 elements of the 16-bit types that CUDA calls take."""
+    if tensor.device.type != "cuda":
+        return tensor
+    *steps, _ = tensor.stride()
+    if tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def top_keys(scores: Tensor, keep: int, q_len: int) -> Tensor:

@@ -5,7 +5,7 @@
 
 #include "anymask/error.hpp"
 #include "cuda/device/sm90/backward_config.h"
-#include "cuda/forward.h"
+#include "cuda/views.h"
 
 namespace anymask::cuda {
 namespace {
@@ -129,39 +129,6 @@ int64_t row_tiles_of(int64_t q_len) { return (q_len + kBackwardRows - 1) / kBack
 
 // ---- parameters ---------------------------------------------------------------------------------
 
-// The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
-// A view without elements gets none: nothing is loaded from it.
-TensorMapBytes tensor_map(const Tensor& t, int rows) {
-  TensorMapBytes bytes{};
-  if (t.shape[0] * t.shape[1] * t.shape[2] == 0) return bytes;
-  TensorMapSpec spec{};
-  spec.type = t.dtype == DType::f16 ? TensorMapType::kFloat16 : TensorMapType::kBfloat16;
-  spec.rank = 4;
-  spec.address = reinterpret_cast<uint64_t>(t.data);
-  constexpr int kOrder[4] = {3, 1, 2, 0};  // depth, length, heads, batch
-  for (int i = 0; i < 4; ++i) {
-    const int dimension = kOrder[i];
-    spec.extent[i] = static_cast<uint64_t>(t.shape[dimension]);
-    // Along a dimension of one element nothing is ever stepped over; any legal stride will do.
-    spec.stride_bytes[i] =
-        t.shape[dimension] == 1 ? 16 : static_cast<uint64_t>(t.stride[dimension]) * 2;
-    spec.box[i] = 1;
-  }
-  spec.box[0] = 64;
-  spec.box[1] = static_cast<uint32_t>(rows);
-  spec.swizzle = TensorMapSwizzle::k128Bytes;
-  const TensorMap map = encode_tensor_map(spec);
-  std::copy(std::begin(map.opaque), std::end(map.opaque), std::begin(bytes.opaque));
-  return bytes;
-}
-
-void check_layout(const Tensor& tensor, const char* name) {
-  if (tensor.shape[0] * tensor.shape[1] * tensor.shape[2] == 0) return;
-  if (const char* problem = forward_layout_problem(tensor)) {
-    throw InvalidValue(std::string(name) + ": " + problem);
-  }
-}
-
 void set_strides(const Tensor& tensor, int64_t& batch, int64_t& row, int64_t& head) {
   batch = tensor.stride[0];
   row = tensor.stride[1];
@@ -228,18 +195,6 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   return params;
 }
 
-Problem problem_of_call(const BackwardCall& call) {
-  Problem problem;
-  problem.batch = call.q.shape[0];
-  problem.q_len = call.q.shape[1];
-  problem.q_heads = call.q.shape[2];
-  problem.head_dim = call.q.shape[3];
-  problem.kv_len = call.k.shape[1];
-  problem.kv_heads = call.k.shape[2];
-  problem.v_head_dim = call.v.shape[3];
-  return problem;
-}
-
 }  // namespace
 
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
@@ -255,7 +210,7 @@ int64_t backward_workspace(const Problem& problem, bool deterministic) {
 }
 
 void backward(const BackwardCall& call, int ordinal, CuStream stream) {
-  const Problem problem = problem_of_call(call);
+  const Problem problem = problem_of_views(call.q, call.k, call.v);
   if (problem.batch == 0 || problem.q_heads == 0 || problem.kv_heads == 0) return;
   check_layout(call.q, "q");
   check_layout(call.k, "k");
