@@ -239,9 +239,19 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:
 def top_keys(scores: Tensor, keep: int, q_len: int) -> Tensor:
     """The operator anymask::top_keys: int32 [batch, heads, kv_len, 1]."""
     ends = torch.empty((*scores.shape, 1), dtype=torch.int32, device=scores.device)
+    packed = pack_torch(scores, "scores")
+    size = ctypes.c_int64()
+    check(library().anymask_top_keys_workspace_bytes(packed, ctypes.byref(size)))
+    work = torch.empty(size.value, dtype=torch.uint8, device=scores.device)
     check(
         library().anymask_top_keys(
-            pack_torch(scores, "scores"), keep, q_len, pack_torch(ends, "ends")
+            packed,
+            keep,
+            q_len,
+            pack_torch(ends, "ends"),
+            _stream(scores.device),
+            work.data_ptr(),
+            work.numel(),
         )
     )
     return ends

@@ -9,12 +9,14 @@
 #include "cuda/kernel.h"
 #include "cuda/move_keys.h"
 #include "cuda/plan.h"
+#include "cuda/top_keys.h"
 
 namespace anymask::cuda {
 
 std::vector<KernelConfig> registered_kernels() {
   std::vector<KernelConfig> all;
-  for (const auto& list : {plan_kernels(), move_keys_kernels(), forward_kernels()})
+  for (const auto& list :
+       {plan_kernels(), top_keys_kernels(), move_keys_kernels(), forward_kernels()})
     all.insert(all.end(), list.begin(), list.end());
   return all;
 }
