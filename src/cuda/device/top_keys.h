@@ -107,9 +107,9 @@ inline void place_keys(const TopKeysParams& params) {
 // ---- ends: chunks of ranks, a warp each ---------------------------------------------------------
 
 // The keys from p to the left that are in the set when a chunk starts or come in during it, packed:
-// a spot each, spot 0 is p. Looked for 128 at a time until the set's are one more than the chunk's
+// a spot each, spot 0 is p. Looked for 256 at a time until the set's are one more than the chunk's
 // keys, so that p cannot run out of them.
-inline constexpr int kLookKeys = 128;
+inline constexpr int kLookKeys = 256;
 inline constexpr int kSpots = 2 * kChunkKeys + kLookKeys;
 static_assert(kSpots <= 32 * 32, "a bit each in the lanes of a warp");
 // Spots of the chunk's keys that have none.
