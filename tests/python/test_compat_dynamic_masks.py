@@ -33,7 +33,7 @@ def draw(rng, lengths, heads, dim=16, *, batch=2, score_heads=None, dtype="float
     return [torch.from_numpy(x).to(DTYPES[dtype]) for x in tensors]
 
 
-# ---- the definition, slowly -----------------------------------------------------------------------
+# ---- the definition, slowly ---------------------------------------------------------------------
 
 
 def visible_pairs(causal_mask, is_causal, batch, q_len, kv_len):
@@ -118,7 +118,7 @@ def check(inputs, keep, *, causal_mask=None, is_causal=True, scale=None, score="
     return out
 
 
-# ---- values and gradients ---------------------------------------------------------------------------
+# ---- values and gradients -----------------------------------------------------------------------
 
 LENGTHS = [(150, 150), (61, 170), (170, 61)]
 
@@ -265,7 +265,7 @@ def test_one_gradient_alone(name):
     assert all(x.grad is None for x in inputs if x is not inputs[place])
 
 
-# ---- cost -----------------------------------------------------------------------------------------
+# ---- cost ---------------------------------------------------------------------------------------
 
 
 def masks_made(monkeypatch, *arguments):
@@ -290,7 +290,7 @@ def test_memory_is_linear_and_tiles_are_skipped(monkeypatch):
     assert masks_made(monkeypatch, *inputs, None, 2048).spec == am.causal().spec
 
 
-# ---- torch ----------------------------------------------------------------------------------------
+# ---- torch --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -331,7 +331,7 @@ def test_no_queries_or_no_keys(lengths, is_causal, masked):
     assert out.shape == inputs[0].shape and not out.any()
 
 
-# ---- errors ---------------------------------------------------------------------------------------
+# ---- errors -------------------------------------------------------------------------------------
 
 INPUTS = [torch.ones(2, 4, 5, 16), torch.ones(2, 2, 7, 16), torch.ones(2, 2, 7, 24)]
 INPUTS += [torch.ones(2, 48), torch.ones(2)]

@@ -128,9 +128,7 @@ def _linear_mask(
     return masks.intervals(rows, causal=False).reordered()
 
 
-def _kept(
-    scores: Any, causal_mask: Any, keep: int, is_causal: bool, sizes: arguments.Sizes
-) -> Any:
+def _kept(scores: Any, causal_mask: Any, keep: int, is_causal: bool, sizes: arguments.Sizes) -> Any:
     """bool [batch, score heads, q_len, kv_len]: the best of the keys that each query may see."""
     import torch
 
