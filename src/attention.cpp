@@ -147,7 +147,6 @@ void attention_forward(const ForwardArgs& args) {
 void attention_backward(const BackwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_backward(args, problem);
-  refuse_scores(args.scores);
   const double scale = check_scale(args.scale, problem);
   if (on_cuda(problem)) fail_no_cuda_backward();
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);

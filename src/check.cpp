@@ -111,6 +111,7 @@ void check_option_gradient(const char* name, const Tensor& gradient, const Tenso
   check_device(name, gradient, option.device);
   check_memory(name, gradient);
   check_output_overlap(name, gradient);
+  check_rows(name, gradient);
 }
 
 void check_out_and_lse(const Tensor& out, const Tensor& lse, const Problem& p, Role role) {
@@ -252,7 +253,6 @@ void check_backward(const BackwardArgs& args, const Problem& p) {
   gradient("dv", args.dv, p.kv_len, p.kv_heads, p.v_head_dim, "the shape of v");
   check_option_gradient("dkey_bias", args.dkey_bias, args.scores.key_bias);
   check_option_gradient("dbias", args.dbias, args.scores.bias);
-  if (args.dbias.given()) check_rows("dbias", args.dbias);
   check_option_gradient("dsink", args.dsink, args.scores.sink);
 }
 
