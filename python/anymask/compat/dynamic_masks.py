@@ -42,14 +42,14 @@ def apply_dynamic_mask_attention(
             heads.
         A: [score heads], any floating type.
         causal_mask: [batch or 1, 1, q_len, kv_len], bool with True = keep, or additive with 0 =
-            keep; what else is there hides. None, or left out, is the fast way: only then is memory
-            linear in the lengths and does the selection cost less than a tenth of the attention.
+            keep; what else is there hides. Better left out where it is just the triangle: only
+            without it is memory linear in the lengths.
         keep_window_size: how many keys a query keeps at most.
         is_causal: query i sees keys up to ``i + kv_len - q_len``, and what `causal_mask` keeps of
             them. False: all that `causal_mask` keeps; without one all queries keep the same keys.
         scale: of q k^T; None: ``head_dim ** -0.5``.
-        score: "exp": z = exp(s), the published form, which overflows where s does not fit
-            (s > 88); "linear": z = s, the later form.
+        score: "exp": z = exp(s), the published form, which overflows where s > 88; "linear": z = s,
+            the later form.
 
     Returns:
         out [batch, heads, q_len, v_head_dim] of query's type. A query that may see nothing has out
@@ -60,7 +60,8 @@ def apply_dynamic_mask_attention(
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
 
-    s and z are float32 (float64 for float64), whatever the inputs are.
+    Beyond ``dt_proj v``, which is of value's type, s and z are computed in float64, whatever the
+    inputs are; keys are selected by s and logits biased by z in float32 (float64 for float64).
 
     >>> q, k, v = (torch.ones(1, heads, 6, 8) for heads in (4, 2, 2))
     >>> dt_proj, A = torch.ones(2, 16), torch.ones(2)
@@ -81,12 +82,15 @@ def apply_dynamic_mask_attention(
     if score not in _SCORES:
         raise ValueError(f"score: got {score!r}, 'exp' or 'linear' is needed")
     _check_parameters(dt_proj, A, query, value)
-    scores = _scores(value, dt_proj, A)
-    if causal_mask is None:
-        mask = _linear_mask(scores, keep, is_causal, sizes)
-    else:
+    if causal_mask is not None:
         _check_mask(causal_mask, query, sizes)
-        mask = masks.dense(_kept(scores, causal_mask, keep, is_causal, sizes))
+    scores = _scores(value, dt_proj, A)
+    ranking = scores.detach().float()
+    if causal_mask is None:
+        mask = _linear_mask(ranking, keep, is_causal, sizes)
+    else:
+        mask = masks.dense(_kept(ranking, causal_mask, keep, is_causal, sizes))
+    bias = scores.exp() if score == "exp" else scores
     return attention(
         query,
         key,
@@ -94,20 +98,19 @@ def apply_dynamic_mask_attention(
         mask,
         scale=factor,
         layout="bhsd",
-        key_bias=scores.exp() if score == "exp" else scores,
+        key_bias=bias if arguments.dtype_name(query) == "float64" else bias.float(),
         deterministic=arguments.deterministic(query),
     )
 
 
 def _scores(value: Any, dt_proj: Any, A: Any) -> Any:
-    """s: float32 (float64) [batch, score heads, kv_len]."""
-    import torch
+    """s: float64 [batch, score heads, kv_len]. In float32, torch's softplus may differ in its last
+    bit between one place of an array and another, and keys of equal dt would no longer tie."""
+    from torch.nn.functional import softplus
 
     batch, heads, length, dim = value.shape
-    flat = value.transpose(1, 2).reshape(batch, length, heads * dim)
-    dt = torch.matmul(dt_proj, flat.transpose(1, 2))
-    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-    return A.to(wide)[:, None] * torch.nn.functional.softplus(dt.to(wide))
+    dt = dt_proj @ value.transpose(1, 2).reshape(batch, length, heads * dim).transpose(1, 2)
+    return A.double()[:, None] * softplus(dt.double())
 
 
 def _linear_mask(
@@ -138,8 +141,7 @@ def _kept(scores: Any, causal_mask: Any, keep: int, is_causal: bool, sizes: argu
         visible = visible & triangle.tril_(sizes.kv_len - sizes.q_len)
     if keep >= sizes.kv_len:
         return visible
-    ranked = scores.detach().float()
-    ranked = ranked.masked_fill(ranked.isnan(), float("-inf"))
+    ranked = scores.masked_fill(scores.isnan(), float("-inf"))
     order = ranked.argsort(dim=-1, descending=True, stable=True)[:, :, None]
     kept = visible.new_empty((*scores.shape[:2], sizes.q_len, sizes.kv_len))
     rows = max(1, _PAIRS_AT_ONCE // max(1, scores.numel()))
