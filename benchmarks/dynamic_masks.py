@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -206,7 +207,7 @@ def main() -> None:
     options = parse()
     if options.device == "cpu":
         torch.set_num_threads(machine.threads())
-    console = Console()
+    console = Console(width=140 if not sys.stdout.isatty() else None)
     cases = [(length, keep) for length in options.lengths for keep in options.keeps]
     rows = []
     with Progress(
