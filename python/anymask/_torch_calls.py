@@ -260,10 +260,8 @@ def empty_gradients(
 def _pack_gradients(gradients: list[Tensor], wanted: Sequence[bool]) -> tuple[bytes, Any]:
     if not any(wanted):
         return NO_SCORES, None
-    of_options = iter(gradients[3:])
-    return _scores.pack_gradients(
-        [next(of_options) if needed else None for needed in wanted], pack_torch
-    )
+    names = [name for name, needed in zip(_scores.DIFFERENTIABLE, wanted) if needed]
+    return _scores.pack_gradients(dict(zip(names, gradients[3:])), pack_torch)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
