@@ -96,10 +96,23 @@ typedef struct {
   int32_t reserved;
 } anymask_problem;
 
+/* anymask::ScoreOptions */
+typedef struct {
+  anymask_tensor key_bias, bias, sink, seed_offset;
+  double softcap;
+  double dropout_p;
+} anymask_score_options;
+
+/* Outputs of the backward pass; "none": not wanted. */
+typedef struct {
+  anymask_tensor dkey_bias, dbias, dsink;
+} anymask_score_gradients;
+
 typedef struct {
   anymask_tensor q, k, v, out, lse;
   anymask_mask mask;
-  const void* plan; /* NULL on the CPU: the call makes one */
+  const anymask_score_options* scores; /* NULL: none */
+  const void* plan;                    /* NULL on the CPU: the call makes one */
   int64_t plan_bytes;
   double scale; /* NaN: 1 / sqrt(head_dim) */
   void* stream;
@@ -110,6 +123,8 @@ typedef struct {
 typedef struct {
   anymask_tensor q, k, v, out, lse, dout, dlse, dq, dk, dv; /* dlse may be none */
   anymask_mask mask;
+  const anymask_score_options* scores;
+  const anymask_score_gradients* score_gradients; /* NULL: none are wanted */
   const void* plan;
   int64_t plan_bytes;
   double scale;
@@ -163,8 +178,11 @@ ANYMASK_API anymask_status anymask_intervals_from_dense(const anymask_tensor* al
                                                         const anymask_tensor* indices,
                                                         int32_t* columns);
 
+ANYMASK_API anymask_status anymask_top_keys_workspace_bytes(const anymask_tensor* scores,
+                                                            int64_t* bytes);
 ANYMASK_API anymask_status anymask_top_keys(const anymask_tensor* scores, int64_t keep,
-                                            int64_t q_len, const anymask_tensor* ends);
+                                            int64_t q_len, const anymask_tensor* ends, void* stream,
+                                            void* workspace, int64_t workspace_bytes);
 
 /* CPU backend. Lists are written as comma-separated names into `names`. */
 ANYMASK_API anymask_status anymask_cpu_instruction_sets(char* names, int64_t size);
