@@ -45,13 +45,16 @@ def checked_seed(seed: Any) -> int | None:
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed: got {seed}, an integer of 64 bits is needed")
         return int(seed)
-    got = repr(seed)
-    if hasattr(seed, "dtype") and hasattr(seed, "shape"):
-        dtype = str(seed.dtype).split(".")[-1]
-        if dtype == "int64" and tuple(seed.shape) == (2,):
-            return None
-        got = f"{dtype} of shape {tuple(seed.shape)}"
-    raise TypeError(
+    if not (hasattr(seed, "dtype") and hasattr(seed, "shape")):
+        raise _seed_error(repr(seed))
+    dtype = str(seed.dtype).split(".")[-1]
+    if dtype != "int64" or tuple(seed.shape) != (2,):
+        raise _seed_error(f"{dtype} of shape {tuple(seed.shape)}")
+    return None
+
+
+def _seed_error(got: str) -> TypeError:
+    return TypeError(
         f"seed: got {got}, an integer or int64 of shape (2,), a seed and an offset, is needed"
     )
 
@@ -70,8 +73,13 @@ def numpy_options(
     if dropout_p == 0.0:
         seed_offset = None
     elif seed_offset is None:
-        seed_offset = np.random.default_rng().integers(0, 2**63, 2)
+        seed_offset = drawn_seed()
     return ScoreOptions(key_bias, bias, sink, seed_offset, dropout_p, softcap)
+
+
+def drawn_seed() -> np.ndarray:
+    """A fresh seed and offset from NumPy."""
+    return np.random.default_rng().integers(0, 2**63, 2)
 
 
 def _numpy_seed(seed: Any) -> np.ndarray:
