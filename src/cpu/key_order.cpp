@@ -32,12 +32,8 @@ class KeyOrder {
         seen_(static_cast<size_t>(orders_)) {}
 
   void run() {
-    constexpr int64_t kKeys = 1024;  // a task
-    const int64_t parts = (keys_ + kKeys - 1) / kKeys;
-    parallel_for(orders_ * parts, [&](int64_t task, int) {
-      const int64_t begin = task % parts * kKeys;
-      see_keys(task / parts, begin, std::min(begin + kKeys, keys_));
-    });
+    constexpr int64_t kKeys = 4096;  // a task
+    parallel_in_groups(orders_ * keys_, kKeys, [&](int64_t index) { see_key(index); });
     parallel_for(orders_, [&](int64_t order, int) { sort_keys(order); });
     const int64_t most_groups = rules::group_count(program_.kv_len, tile_columns_);
     parallel_for(orders_ * most_groups,
@@ -45,12 +41,12 @@ class KeyOrder {
   }
 
  private:
-  // Which rows see these keys.
-  void see_keys(int64_t order, int64_t begin, int64_t end) {
-    for (int64_t key = begin; key < end; ++key) {
-      rows_of(order)[key] = rows_of_order(program_, static_cast<int>(order / heads_),
-                                          static_cast<int>(order % heads_), static_cast<int>(key));
-    }
+  // Which rows see key index % keys of order index / keys.
+  void see_key(int64_t index) {
+    const int64_t order = index / keys_;
+    rows_[static_cast<size_t>(index)] =
+        rows_of_order(program_, static_cast<int>(order / heads_), static_cast<int>(order % heads_),
+                      static_cast<int>(index % keys_));
   }
 
   // Keys by first row: those that nobody sees have the row behind the last.

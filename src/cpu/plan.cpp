@@ -85,6 +85,9 @@ void pack_dense(const Program& program, const rules::Node& dense, const rules::N
 
 // ---- tile maps ----------------------------------------------------------------------------------
 
+// Tiles of a task: some 0.1 ms for most masks.
+constexpr int kTaskTiles = 16384;
+
 // Fills the row map of one place.
 class MapBuilder {
  public:
@@ -147,15 +150,14 @@ void build_row_map(const Program& program, const TileMap& map) {
   std::fill_n(map.hidden, all * map.words, 0u);
   if (all == 0 || map.inner_tiles == 0) return;
   const TileClasses classes(program, map.shape);
-  // Strips of row tiles: tasks that are worth waking a thread for, rectangles large enough to
-  // settle early.
-  constexpr int kTiles = 2048;  // a task
+  // Strips of row tiles, as large as a task may be: large rectangles settle early.
   int level = 0;
-  while (level + 1 < classes.rows().levels() && map.inner_tiles << level < kTiles) ++level;
+  while (level + 1 < classes.rows().levels() && map.inner_tiles << level < kTaskTiles) ++level;
   const int strips = classes.rows().count(level);
-  parallel_for(plan::places(program) * strips, [&](int64_t task, int) {
-    const MapBuilder builder(program, classes, map, task / strips);
-    builder.fill({level, static_cast<int>(task % strips)}, {classes.keys().levels() - 1, 0});
+  const int64_t group = std::max(1, kTaskTiles / (map.inner_tiles << level));
+  parallel_in_groups(plan::places(program) * strips, group, [&](int64_t index) {
+    const MapBuilder builder(program, classes, map, index / strips);
+    builder.fill({level, static_cast<int>(index % strips)}, {classes.keys().levels() - 1, 0});
   });
 }
 
@@ -165,10 +167,12 @@ void transpose_map(const Program& program, const TileMap& rows, const TileMap& c
   std::fill_n(columns.visible, all * columns.words, 0u);
   std::fill_n(columns.hidden, all * columns.words, 0u);
   if (all == 0 || rows.outer_tiles == 0) return;
-  // One task per word of the row map: the 32 key tiles of that word are its own.
-  parallel_for(plan::places(program) * rows.words, [&](int64_t task, int) {
-    const int64_t place = task / rows.words;
-    const int64_t word = task % rows.words;
+  // By words of the row map: the 32 key tiles of a word are its own. 8 tiles take as long as one
+  // takes to be classed.
+  const int64_t group = std::max(1, kTaskTiles / 4 / rows.outer_tiles);
+  parallel_in_groups(plan::places(program) * rows.words, group, [&](int64_t index) {
+    const int64_t place = index / rows.words;
+    const int64_t word = index % rows.words;
     for (int row = 0; row < rows.outer_tiles; ++row) {
       const int64_t from = (place * rows.outer_tiles + row) * rows.words + word;
       const uint32_t bit = 1u << (row % 32);

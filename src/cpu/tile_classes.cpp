@@ -26,13 +26,11 @@ void summarize(const Spans& spans, int64_t rows, std::vector<Summary>& all, cons
   const auto at = [&](int64_t row, Span span) -> Summary& {
     return all[static_cast<size_t>(row * spans.size() + spans.position(span))];
   };
-  constexpr int kTiles = 64;  // a task
-  const int groups = tiles_of(spans.count(0), kTiles);
-  parallel_for(rows * groups, [&](int64_t task, int) {
-    const int64_t row = task / groups;
-    const int begin = static_cast<int>(task % groups) * kTiles;
-    const int end = rules::min_of(begin + kTiles, spans.count(0));
-    for (int tile = begin; tile < end; ++tile) at(row, {0, tile}) = of(row, tile);
+  constexpr int64_t kTiles = 256;  // a task
+  parallel_in_groups(rows * spans.count(0), kTiles, [&](int64_t index) {
+    const int64_t row = index / spans.count(0);
+    const int tile = static_cast<int>(index % spans.count(0));
+    at(row, {0, tile}) = of(row, tile);
   });
   for (int64_t row = 0; row < rows; ++row) {
     for (int level = 1; level < spans.levels(); ++level) {
