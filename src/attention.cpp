@@ -17,10 +17,6 @@
 namespace anymask {
 namespace {
 
-[[noreturn]] void fail_no_cuda_backward() {
-  throw Unsupported("the backward pass on CUDA is not there yet; move the tensors to the CPU");
-}
-
 bool on_cuda(const Problem& problem) { return problem.device.type == DeviceType::cuda; }
 
 // What the CUDA kernels do not do yet.
@@ -120,10 +116,9 @@ int64_t forward_workspace_bytes(const Mask& mask, const Problem& problem) {
   return on_cuda(problem) ? cuda::forward_workspace(lower(mask, problem), problem) : 0;
 }
 
-int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool /*deterministic*/) {
-  if (on_cuda(problem)) fail_no_cuda_backward();
-  lower(mask, problem);
-  return 0;
+int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool deterministic) {
+  const rules::Program lowered = lower(mask, problem);
+  return on_cuda(problem) ? cuda::backward_workspace(lowered, problem, deterministic) : 0;
 }
 
 void attention_forward(const ForwardArgs& args) {
@@ -148,8 +143,8 @@ void attention_backward(const BackwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_backward(args, problem);
   const double scale = check_scale(args.scale, problem);
-  if (on_cuda(problem)) fail_no_cuda_backward();
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
+  if (on_cuda(problem)) return cuda::backward(args, problem, plan.get(), scale);
   cpu::backward({.q = args.q,
                  .k = args.k,
                  .v = args.v,

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace anymask::tools {
@@ -20,6 +21,8 @@ constexpr uint32_t kUtmaldg = 0x1b4;
 constexpr uint32_t kLdl = 0x183;
 constexpr uint32_t kStl = 0x187;
 constexpr uint32_t kBra = 0x147;
+constexpr uint32_t kExit = 0x14d;
+constexpr uint64_t kTrue = 7;  // the predicate PT, not negated
 
 template <typename T>
 T read_at(const std::string& file, uint64_t offset) {
@@ -57,22 +60,69 @@ int64_t branch_target(uint64_t word, int64_t at) {
   return at + static_cast<int64_t>(kInstructionBytes) + 4 * (high * 256 + low);
 }
 
-struct Range {
-  int64_t begin, end;
-  bool holds(int64_t at) const { return begin <= at && at <= end; }
+// Instructions that can follow each instruction, and that can come before it.
+struct Flow {
+  std::vector<std::vector<int>> before;
+  std::vector<std::pair<int, int>> back;  // branches to an earlier instruction: (from, to)
+
+  explicit Flow(const std::string& text) : before(text.size() / kInstructionBytes) {
+    const int count = static_cast<int>(before.size());
+    for (int i = 0; i < count; ++i) {
+      const int64_t at = i * static_cast<int64_t>(kInstructionBytes);
+      const auto word = read_at<uint64_t>(text, static_cast<uint64_t>(at));
+      const auto operands = read_at<uint64_t>(text, static_cast<uint64_t>(at) + 8);
+      const uint32_t opcode = static_cast<uint32_t>(word) & kOpcodeMask;
+      const bool always = (word >> 12 & 0xf) == kTrue;
+      if (opcode == kBra) {
+        const int64_t to = branch_target(word, at) / static_cast<int64_t>(kInstructionBytes);
+        if (to >= 0 && to < count) {
+          before[to].push_back(i);
+          if (to <= i) back.emplace_back(i, static_cast<int>(to));
+        }
+        // A branch may have a condition among its operands too.
+        if (always && (operands >> 23 & 0xf) == kTrue) continue;
+      }
+      if (opcode == kExit && always) continue;
+      if (i + 1 < count) before[i + 1].push_back(i);
+    }
+  }
+
+  // The loop that a branch back closes: what leads to the branch without passing its target.
+  std::vector<bool> loop(std::pair<int, int> branch) const {
+    std::vector<bool> inside(before.size(), false);
+    inside[branch.second] = true;
+    std::vector<int> open = {branch.first};
+    while (!open.empty()) {
+      const int at = open.back();
+      open.pop_back();
+      if (inside[at]) continue;
+      inside[at] = true;
+      open.insert(open.end(), before[at].begin(), before[at].end());
+    }
+    return inside;
+  }
 };
 
-// What a branch back closes, as far as it is the smallest such range around one of `marks`.
-std::vector<Range> innermost_loops(const std::vector<Range>& loops,
-                                   const std::vector<int64_t>& marks) {
-  std::vector<Range> found;
-  for (const int64_t mark : marks) {
-    const Range* best = nullptr;
-    for (const Range& loop : loops) {
-      const bool smaller = best == nullptr || loop.end - loop.begin < best->end - best->begin;
-      if (loop.holds(mark) && smaller) best = &loop;
+// Which instructions are in an innermost loop around one of `marks`.
+std::vector<bool> in_loops_around(const std::vector<int>& marks, const Flow& flow) {
+  struct Loop {
+    std::vector<bool> inside;
+    int64_t size;
+  };
+  std::vector<Loop> loops;
+  for (const auto& branch : flow.back) {
+    Loop loop{flow.loop(branch), 0};
+    loop.size = std::count(loop.inside.begin(), loop.inside.end(), true);
+    loops.push_back(std::move(loop));
+  }
+  std::vector<bool> found(flow.before.size(), false);
+  for (const int mark : marks) {
+    const Loop* best = nullptr;
+    for (const Loop& loop : loops) {
+      if (loop.inside[mark] && (best == nullptr || loop.size < best->size)) best = &loop;
     }
-    if (best != nullptr) found.push_back(*best);
+    if (best == nullptr) continue;
+    for (size_t i = 0; i < found.size(); ++i) found[i] = found[i] || best->inside[i];
   }
   return found;
 }
@@ -82,28 +132,20 @@ std::vector<Range> innermost_loops(const std::vector<Range>& loops,
 InstructionCounts count_instructions(const std::string& cubin, const std::string& function) {
   const std::string text = text_of(cubin, function);
   InstructionCounts counts;
-  std::vector<int64_t> matrix, local;
-  std::vector<Range> loops;
-  for (size_t at = 0; at + kInstructionBytes <= text.size(); at += kInstructionBytes) {
-    const auto word = read_at<uint64_t>(text, at);
-    const auto address = static_cast<int64_t>(at);
-    const uint32_t opcode = static_cast<uint32_t>(word) & kOpcodeMask;
-    ++counts.all;
+  std::vector<int> matrix, local;
+  const int count = static_cast<int>(text.size() / kInstructionBytes);
+  for (int i = 0; i < count; ++i) {
+    const uint32_t opcode = read_at<uint32_t>(text, i * kInstructionBytes) & kOpcodeMask;
     counts.tensor_load += opcode == kUtmaldg;
-    if (opcode == kHgmma) matrix.push_back(address);
-    if (opcode == kLdl || opcode == kStl) local.push_back(address);
-    if (opcode == kBra && branch_target(word, address) < address) {
-      loops.push_back({branch_target(word, address), address});
-    }
+    if (opcode == kHgmma) matrix.push_back(i);
+    if (opcode == kLdl || opcode == kStl) local.push_back(i);
   }
+  counts.all = count;
   counts.matrix = static_cast<int>(matrix.size());
   counts.local = static_cast<int>(local.size());
-  const std::vector<Range> around = innermost_loops(loops, matrix);
-  counts.local_in_matrix_loops =
-      static_cast<int>(std::count_if(local.begin(), local.end(), [&](int64_t at) {
-        return std::any_of(around.begin(), around.end(),
-                           [at](const Range& loop) { return loop.holds(at); });
-      }));
+  const std::vector<bool> inside = in_loops_around(matrix, Flow(text));
+  counts.local_in_matrix_loops = static_cast<int>(
+      std::count_if(local.begin(), local.end(), [&](int at) { return inside[at]; }));
   return counts;
 }
 

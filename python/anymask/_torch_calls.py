@@ -157,6 +157,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """The operator anymask::forward; `scores`: the first of ScoreOptions' values, or all."""
     out, lse = forward_outputs(q, k, v)
+    q, k, v = _loadable(q), _loadable(k), _loadable(v)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, None)
     options, _options = _pack_options(scores) if scores else (NO_SCORES, None)
@@ -214,7 +215,8 @@ def backward(
     """The operator anymask::backward: dq, dk, dv and the gradients of those of key_bias, bias and
     sink that are wanted."""
     gradients = empty_gradients(q, k, v, wanted, scores)
-    dout = torch.zeros_like(out) if dout is None else _rows_contiguous(dout)
+    dout = torch.zeros_like(out) if dout is None else _loadable(_rows_contiguous(dout))
+    q, k, v, out = _loadable(q), _loadable(k), _loadable(v), _loadable(out)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
     options, _options = _pack_options(scores) if scores else (NO_SCORES, None)
@@ -265,12 +267,33 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _loadable(tensor: Tensor) -> Tensor:
+    """The tensor, copied if CUDA's copy engine cannot read it: it needs addresses and strides of
+    whole 16 bytes, which is 8 elements of the 16-bit types that CUDA calls take."""
+    if tensor.device.type != "cuda":
+        return tensor
+    *steps, _ = tensor.stride()
+    if tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def top_keys(scores: Tensor, keep: int, q_len: int) -> Tensor:
     """The operator anymask::top_keys: int32 [batch, heads, kv_len, 1]."""
     ends = torch.empty((*scores.shape, 1), dtype=torch.int32, device=scores.device)
+    packed = pack_torch(scores, "scores")
+    size = ctypes.c_int64()
+    check(library().anymask_top_keys_workspace_bytes(packed, ctypes.byref(size)))
+    work = torch.empty(size.value, dtype=torch.uint8, device=scores.device)
     check(
         library().anymask_top_keys(
-            pack_torch(scores, "scores"), keep, q_len, pack_torch(ends, "ends")
+            packed,
+            keep,
+            q_len,
+            pack_torch(ends, "ends"),
+            _stream(scores.device),
+            work.data_ptr(),
+            work.numel(),
         )
     )
     return ends

@@ -4,10 +4,11 @@
 
 #include "anymask/cuda.hpp"
 #include "anymask/error.hpp"
+#include "cuda/backward.h"
 #include "cuda/cache.h"
 #include "cuda/compiler.h"
 #include "cuda/forward.h"
-#include "cuda/move_keys.h"
+#include "cuda/gather_keys.h"
 #include "cuda/plan.h"
 #include "cuda/report.h"
 
@@ -51,7 +52,7 @@ Tensor gathered(const Tensor& t, const rules::Program& program, Workspace& works
                 CuStream stream) {
   if (program.key_order == nullptr) return t;
   const Tensor ordered = ordered_like(t, workspace);
-  move_keys(MoveKeys::gather, t, ordered, program, t.device.index, stream);
+  gather_keys(t, ordered, program, stream);
   return ordered;
 }
 
@@ -64,8 +65,8 @@ int64_t gathered_bytes(const rules::Program& lowered, const Problem& p) {
 }  // namespace
 
 plan::TileShapes tile_shapes(const Problem& problem) {
-  const plan::TileShape shape = forward_tile_shape(problem.head_dim, problem.v_head_dim);
-  return {.forward = shape, .backward = shape};
+  return {.forward = forward_tile_shape(problem.head_dim, problem.v_head_dim),
+          .backward = backward_tile_shape(problem.head_dim, problem.v_head_dim)};
 }
 
 int64_t plan_scratch(const rules::Program& lowered) { return plan_scratch_bytes(lowered); }
@@ -77,6 +78,11 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
 
 int64_t forward_workspace(const rules::Program& lowered, const Problem& problem) {
   return line_up(kForwardWorkspaceBytes) + gathered_bytes(lowered, problem);
+}
+
+int64_t backward_workspace(const rules::Program& lowered, const Problem& problem,
+                           bool deterministic) {
+  return line_up(backward_workspace(problem, deterministic)) + gathered_bytes(lowered, problem);
 }
 
 void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& plan,
@@ -96,6 +102,32 @@ void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& 
   call.rows = plan.forward_rows;
   call.scale = scale;
   forward(call, ordinal, stream);
+}
+
+void backward(const BackwardArgs& args, const Problem& problem, const plan::Plan& plan,
+              double scale) {
+  const auto stream = static_cast<CuStream>(args.stream);
+  const int ordinal = problem.device.index;
+  const DeviceScope scope(ordinal);
+  Workspace workspace(args.workspace, args.workspace_bytes);
+  BackwardCall call{};
+  call.workspace = workspace.take(backward_workspace(problem, args.deterministic));
+  call.q = args.q;
+  call.k = gathered(args.k, plan.program, workspace, stream);
+  call.v = gathered(args.v, plan.program, workspace, stream);
+  call.out = args.out;
+  call.lse = args.lse;
+  call.dout = args.dout;
+  call.dlse = args.dlse;
+  call.dq = args.dq;
+  call.dk = args.dk;
+  call.dv = args.dv;
+  call.program = &plan.program;
+  call.rows = plan.backward_rows;
+  call.columns = plan.backward_columns;
+  call.scale = scale;
+  call.deterministic = args.deterministic;
+  backward(call, ordinal, stream);
 }
 
 }  // namespace anymask::cuda

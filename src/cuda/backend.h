@@ -16,7 +16,11 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
                 const Problem& problem, void* stream);
 
 int64_t forward_workspace(const rules::Program& lowered, const Problem& problem);
+int64_t backward_workspace(const rules::Program& lowered, const Problem& problem,
+                           bool deterministic);
 
 void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& plan, double scale);
+void backward(const BackwardArgs& args, const Problem& problem, const plan::Plan& plan,
+              double scale);
 
 }  // namespace anymask::cuda

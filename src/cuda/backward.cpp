@@ -1,11 +1,12 @@
 #include "cuda/backward.h"
 
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "anymask/error.hpp"
 #include "cuda/device/sm90/backward_config.h"
-#include "cuda/forward.h"
+#include "cuda/views.h"
 
 namespace anymask::cuda {
 namespace {
@@ -27,24 +28,24 @@ constexpr KernelFamily kMain =
     family("backward", "cuda/device/sm90/backward.h", "anymask::cuda::backward_kernel", true);
 constexpr KernelFamily kFinish = family("backward_finish", "cuda/device/sm90/backward_finish.h",
                                         "anymask::cuda::backward_finish_kernel", false);
-constexpr int kRowTileThreads = 256;  // of the kernels before and after: a block a row tile
+constexpr int kPrepareThreads = 256;
 
 // ---- variants -----------------------------------------------------------------------------------
 
-// docs/kernels/backward.md has the reasons. The registers of the three warpgroups must not be more
-// than a launch with 384 threads deals out: 3 x 168.
-constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, bool machine,
+// docs/kernels/backward.md has the reasons.
+constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
                                  bool chained) {
   BackwardConfig c{};
   c.half = half;
   c.chained = chained;
-  c.machine = machine;
-  c.bit_slots = 4;
-  c.k_stages = 1;
+  c.mask_path = static_cast<int32_t>(masks);
+  c.bit_slots = masks == MaskPath::kRuns ? 2 : 4;
+  c.slope_slots = 1;
   c.o_stages = 2;
   if (std::max(head_dim, v_head_dim) > 128) {
     c.wide = 1;
     c.depth = c.value_depth = 256;
+    c.k_stages = 1;
     c.q_stages = 2;
     c.math_registers = chained ? 232 : 224;
     c.load_registers = chained ? 40 : 56;
@@ -52,16 +53,13 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   }
   c.depth = head_dim <= 64 ? 64 : 128;
   c.value_depth = v_head_dim <= 64 ? 64 : 128;
-  c.staged = 1;
-  // A second place for K lets the next item's first products run while dK is being stored.
+  // A second place for K lets the next item's first product run while dK is being stored.
   c.k_stages = 2;
-  // With 2 x 64 accumulators for dK and dV in a thread, dS fits as an operand only if the next S
-  // comes late.
+  c.q_stages = 3;
   const int total = c.depth + c.value_depth;
-  c.late_scores = total == 256;
-  c.q_stages = total == 256 ? 2 : 3;
-  c.math_registers = total == 256 ? 240 : total == 192 ? 232 : 208;
-  c.load_registers = total == 256 ? 24 : total == 192 ? 40 : 88;
+  c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
+  c.query_registers = total == 256 ? 72 : total == 192 ? 80 : 96;
+  c.load_registers = total == 256 ? 24 : total == 192 ? 80 : 96;
   return c;
 }
 
@@ -71,10 +69,10 @@ constexpr bool variants_fit() {
   constexpr int kSharedBytes = 227 * 1024;
   for (const int depth : kDims) {
     for (const int value_depth : kDims) {
-      const BackwardConfig c = variant(depth, value_depth, false, false, true);
-      const int at_launch = 65536 / c.threads() / 8 * 8 * (kBackwardWarpgroups + 1);
-      if (c.shared_bytes() > kSharedBytes) return false;
-      if (kBackwardWarpgroups * c.math_registers + c.load_registers > at_launch) return false;
+      const BackwardConfig c = variant(depth, value_depth, false, MaskPath::kRecipe, true);
+      // What the launch deals out in eights a thread is what the warpgroups can trade.
+      const int at_launch = 65536 / c.threads() / 8 * 8 * c.warpgroups();
+      if (c.shared_bytes() > kSharedBytes || c.registers() > at_launch) return false;
     }
   }
   return true;
@@ -89,19 +87,20 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
     few.depth = c.depth;
     few.value_depth = c.value_depth;
     few.chained = c.chained;
+    few.wide = c.wide;
     c = few;
   }
   KernelConfig config;
   config.family = &family;
-  config.values = {c.half,     c.depth,         c.value_depth, c.wide,           c.k_stages,
-                   c.q_stages, c.o_stages,      c.staged,      c.chained,        c.bit_slots,
-                   c.machine,  c.slope_operand, c.late_scores, c.math_registers, c.load_registers};
-  config.count = 15;
-  config.threads = main ? c.threads() : kRowTileThreads;
+  config.values = {c.half,      c.depth,          c.value_depth,     c.wide,          c.k_stages,
+                   c.q_stages,  c.o_stages,       c.slope_slots,     c.chained,       c.bit_slots,
+                   c.mask_path, c.math_registers, c.query_registers, c.load_registers};
+  config.count = 14;
+  config.threads = &family == &kFinish ? 128 * c.parts() : main ? c.threads() : kPrepareThreads;
   config.shared_bytes = main ? c.shared_bytes() : 0;
   return config;
 }
-static_assert(sizeof(BackwardConfig) == 15 * sizeof(int32_t));
+static_assert(sizeof(BackwardConfig) == 14 * sizeof(int32_t));
 
 // ---- workspace ----------------------------------------------------------------------------------
 
@@ -110,7 +109,7 @@ struct Workspace {
 
   Workspace(int64_t row_tiles, const BackwardConfig& c) {
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
-    stats = take(row_tiles * kBackwardRows * 8);
+    stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.chained != 0 ? row_tiles * 8 : 0);
     next_item = take(4);
     bytes = used_;
@@ -129,53 +128,35 @@ int64_t row_tiles_of(int64_t q_len) { return (q_len + kBackwardRows - 1) / kBack
 
 // ---- parameters ---------------------------------------------------------------------------------
 
-// The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
-// A view without elements gets none: nothing is loaded from it.
-TensorMapBytes tensor_map(const Tensor& t, int rows) {
-  TensorMapBytes bytes{};
-  if (t.shape[0] * t.shape[1] * t.shape[2] == 0) return bytes;
-  TensorMapSpec spec{};
-  spec.type = t.dtype == DType::f16 ? TensorMapType::kFloat16 : TensorMapType::kBfloat16;
-  spec.rank = 4;
-  spec.address = reinterpret_cast<uint64_t>(t.data);
-  constexpr int kOrder[4] = {3, 1, 2, 0};  // depth, length, heads, batch
-  for (int i = 0; i < 4; ++i) {
-    const int dimension = kOrder[i];
-    spec.extent[i] = static_cast<uint64_t>(t.shape[dimension]);
-    // Along a dimension of one element nothing is ever stepped over; any legal stride will do.
-    spec.stride_bytes[i] =
-        t.shape[dimension] == 1 ? 16 : static_cast<uint64_t>(t.stride[dimension]) * 2;
-    spec.box[i] = 1;
-  }
-  spec.box[0] = 64;
-  spec.box[1] = static_cast<uint32_t>(rows);
-  spec.swizzle = TensorMapSwizzle::k128Bytes;
-  const TensorMap map = encode_tensor_map(spec);
-  std::copy(std::begin(map.opaque), std::end(map.opaque), std::begin(bytes.opaque));
-  return bytes;
-}
-
-void check_layout(const Tensor& tensor, const char* name) {
-  if (tensor.shape[0] * tensor.shape[1] * tensor.shape[2] == 0) return;
-  if (const char* problem = forward_layout_problem(tensor)) {
-    throw InvalidValue(std::string(name) + ": " + problem);
-  }
-}
-
 void set_strides(const Tensor& tensor, int64_t& batch, int64_t& row, int64_t& head) {
   batch = tensor.stride[0];
   row = tensor.stride[1];
   head = tensor.stride[2];
 }
 
-// How many (batch, kv head) pairs run together: as many as have Q, dO and the float32 dQ of their
-// query heads in two fifths of L2.
-int64_t chunk_of(const Problem& problem, int64_t l2_bytes) {
-  const int64_t bytes = problem.q_len * (problem.q_heads / problem.kv_heads) *
-                        (problem.head_dim * 6 + problem.v_head_dim * 2);
-  const int64_t pairs = problem.batch * problem.kv_heads;
-  return std::clamp<int64_t>(l2_bytes * 2 / 5 / std::max<int64_t>(1, bytes), 1, pairs);
-}
+// How many (batch, kv head) pairs, and which at the end, run together.
+struct Chunks {
+  int64_t size, tail;
+
+  // As many pairs as have Q, dO and the float32 dQ of their query heads in two fifths of L2. But
+  // the last ones run together whatever the cache holds, four items for every multiprocessor:
+  // heaviest first only balances where there is something to sort (causal, S = 8192, B = 4: 525 ->
+  // 548 TFLOP/s). With grouped heads items are so heavy that this goes for all (458 -> 530).
+  // Chained, blocks of a pair have to run together.
+  Chunks(const Problem& problem, const Gpu& gpu, int64_t key_tiles, bool chained) {
+    const int64_t group = problem.q_heads / problem.kv_heads;
+    const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
+    const int64_t pairs = problem.batch * problem.kv_heads;
+    const int64_t enough =
+        chained ? 1
+                : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
+    size = gpu.l2_bytes * 2 / 5 / std::max<int64_t>(1, bytes);
+    if (group > 1) size = std::max(size, enough);
+    size = std::clamp<int64_t>(size, 1, pairs);
+    tail = std::min(enough, pairs);
+    tail += (pairs - tail) % size;  // before them, whole chunks
+  }
+};
 
 int32_t checked_count(int64_t count, const char* what) {
   if (count > INT32_MAX) {
@@ -192,6 +173,9 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.k = tensor_map(call.k, config.columns());
   params.v = tensor_map(call.v, config.columns());
   params.out_grad = tensor_map(call.dout, kBackwardRows);
+  constexpr int kGradRows = 16;
+  params.k_grad_map = tensor_map(call.dk, kGradRows);
+  params.v_grad_map = tensor_map(call.dv, kGradRows);
   params.out = call.out.data;
   set_strides(call.out, params.out_batch_stride, params.out_row_stride, params.out_head_stride);
   params.grad = call.dout.data;
@@ -217,7 +201,13 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.value_depth = static_cast<int32_t>(problem.v_head_dim);
   constexpr double kLog2E = 1.4426950408889634;
   params.scale = static_cast<float>(call.scale);
-  params.scale_log2 = static_cast<float>(call.scale * kLog2E);
+  // S loses lse / scale, so the scale in there must not be 0: one that leaves nothing of any score
+  // takes its place. Units of lse's parts: fp16's range then holds every |lse| below 4 million.
+  constexpr double kLeastScale = 1.0 / (1 << 22);
+  const double scale =
+      std::abs(call.scale) < kLeastScale ? std::copysign(kLeastScale, call.scale) : call.scale;
+  params.scale_log2 = static_cast<float>(scale * kLog2E);
+  params.lse_exponent = std::clamp(6 - std::ilogb(scale), -14, 15);
   params.row_tiles = static_cast<int32_t>(row_tiles_of(problem.q_len));
   params.pairs = static_cast<int32_t>(problem.batch * problem.kv_heads);
   params.items = checked_count(int64_t{params.pairs} * call.columns.outer_tiles, "key tiles");
@@ -228,34 +218,28 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   return params;
 }
 
-Problem problem_of_call(const BackwardCall& call) {
-  Problem problem;
-  problem.batch = call.q.shape[0];
-  problem.q_len = call.q.shape[1];
-  problem.q_heads = call.q.shape[2];
-  problem.head_dim = call.q.shape[3];
-  problem.kv_len = call.k.shape[1];
-  problem.kv_heads = call.k.shape[2];
-  problem.v_head_dim = call.v.shape[3];
-  return problem;
+// Sums in a fixed order do without the kernels' clearing and converting, which is worth more than
+// waiting costs where a pass is short (S = 1024, documents: 194 against 162 TFLOP/s).
+bool is_chained(const Problem& problem, bool deterministic) {
+  return deterministic || problem.q_len <= 2048;
 }
 
 }  // namespace
 
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
-  const BackwardConfig c = variant(head_dim, v_head_dim, false, false, false);
+  const BackwardConfig c = variant(head_dim, v_head_dim, false, MaskPath::kRuns, false);
   return {c.rows(), c.columns()};
 }
 
 int64_t backward_workspace(const Problem& problem, bool deterministic) {
   const int64_t tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
-  return Workspace(tiles,
-                   variant(problem.head_dim, problem.v_head_dim, false, false, deterministic))
+  return Workspace(tiles, variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
+                                  is_chained(problem, deterministic)))
       .bytes;
 }
 
 void backward(const BackwardCall& call, int ordinal, CuStream stream) {
-  const Problem problem = problem_of_call(call);
+  const Problem problem = problem_of_views(call.q, call.k, call.v);
   if (problem.batch == 0 || problem.q_heads == 0 || problem.kv_heads == 0) return;
   check_layout(call.q, "q");
   check_layout(call.k, "k");
@@ -267,9 +251,13 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   check_layout(call.dv, "dv");
 
   const bool half = call.q.dtype == DType::f16;
-  const bool machine = recipe_of(*call.program).usable == 0;
-  const BackwardConfig config =
-      variant(problem.head_dim, problem.v_head_dim, half, machine, call.deterministic);
+  const RunRecipe recipe = recipe_of(*call.program);
+  // Runs with holes are handed over too here, and ids have no code of their own.
+  const MaskPath masks = recipe.usable == 0 ? MaskPath::kMachine
+                         : recipe.bits >= 0 ? MaskPath::kRecipe
+                                            : MaskPath::kRuns;
+  const bool chained = is_chained(problem, call.deterministic);
+  const BackwardConfig config = variant(problem.head_dim, problem.v_head_dim, half, masks, chained);
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
@@ -277,11 +265,13 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const Kernel& main = kernel(kernel_config(kMain, config), ordinal);
 
   BackwardParams params = params_of(call, problem, config);
-  params.chunk = static_cast<int32_t>(chunk_of(problem, gpu(ordinal).l2_bytes));
+  const Chunks chunks(problem, gpu(ordinal), call.columns.outer_tiles, chained);
+  params.chunk = static_cast<int32_t>(chunks.size);
+  params.tail = static_cast<int32_t>(chunks.tail);
   char* workspace = static_cast<char*>(call.workspace);
   const Workspace layout(tiles, config);
   params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
-  params.stats = reinterpret_cast<float*>(workspace + layout.stats);
+  params.stats = reinterpret_cast<uint16_t*>(workspace + layout.stats);
   params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
   params.next_item = reinterpret_cast<int32_t*>(workspace + layout.next_item);
 
@@ -307,10 +297,10 @@ std::vector<KernelConfig> backward_kernels() {
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
       for (const bool chained : {false, true}) {
-        for (const bool machine : {false, true}) {
-          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, machine, chained)));
+        for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine}) {
+          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, masks, chained)));
         }
-        const BackwardConfig c = variant(depth, value_depth, half, false, chained);
+        const BackwardConfig c = variant(depth, value_depth, half, MaskPath::kRuns, chained);
         all.push_back(kernel_config(kPrepare, c));
         if (!chained) all.push_back(kernel_config(kFinish, c));
       }

@@ -32,7 +32,7 @@ struct BackwardCall {
 };
 
 // Queues the pass on `stream`; writes every element of dq, dk and dv. Never waits for the device;
-// can be captured in a graph. Views that the copy engine cannot read (see forward_layout_problem)
+// can be captured in a graph. Views that the copy engine cannot read (see layout_problem)
 // throw.
 void backward(const BackwardCall& call, int ordinal, CuStream stream);
 

@@ -6,6 +6,7 @@
 
 #include "anymask/error.hpp"
 #include "cuda/device/sm90/forward_config.h"
+#include "cuda/views.h"
 
 namespace anymask::cuda {
 namespace {
@@ -65,17 +66,6 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
   return c;
 }
 
-MaskPath mask_path(const rules::Program& program, const RunRecipe& recipe) {
-  using rules::IntervalForm;
-  if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
-  bool one_run = recipe.bits < 0 && recipe.ids < 0;
-  if (recipe.intervals >= 0) {
-    const auto form = static_cast<IntervalForm>(program.nodes[recipe.intervals].flag);
-    one_run = one_run && (form == IntervalForm::kFrom || form == IntervalForm::kOutside);
-  }
-  return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
-}
-
 constexpr int kDepths[] = {64, 128, 192, 256};
 
 constexpr bool variants_fit() {
@@ -108,30 +98,6 @@ static_assert(sizeof(ForwardConfig) == 13 * sizeof(int32_t));
 
 // ---- parameters ---------------------------------------------------------------------------------
 
-// The tensor map of a [batch, length, heads, depth] view, for boxes of 64 columns and `rows` rows.
-TensorMapBytes tensor_map(const Tensor& t, int rows) {
-  TensorMapSpec spec{};
-  spec.type = t.dtype == DType::f16 ? TensorMapType::kFloat16 : TensorMapType::kBfloat16;
-  spec.rank = 4;
-  spec.address = reinterpret_cast<uint64_t>(t.data);
-  constexpr int kOrder[4] = {3, 1, 2, 0};  // depth, length, heads, batch
-  for (int i = 0; i < 4; ++i) {
-    const int dimension = kOrder[i];
-    spec.extent[i] = static_cast<uint64_t>(t.shape[dimension]);
-    // Along a dimension of one element nothing is ever stepped over; any legal stride will do.
-    spec.stride_bytes[i] =
-        t.shape[dimension] == 1 ? 16 : static_cast<uint64_t>(t.stride[dimension]) * 2;
-    spec.box[i] = 1;
-  }
-  spec.box[0] = 64;
-  spec.box[1] = static_cast<uint32_t>(rows);
-  spec.swizzle = TensorMapSwizzle::k128Bytes;
-  const TensorMap map = encode_tensor_map(spec);
-  TensorMapBytes bytes;
-  std::copy(std::begin(map.opaque), std::end(map.opaque), std::begin(bytes.opaque));
-  return bytes;
-}
-
 // How many (batch, head) pairs run together: as many as have their K and V in two fifths of L2,
 // which leaves room for Q and the output that stream through.
 int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
@@ -142,12 +108,6 @@ int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
   return static_cast<int32_t>(std::min(pairs, kv_heads * (problem.q_heads / problem.kv_heads)));
 }
 
-void check_layout(const Tensor& tensor, const char* name) {
-  if (const char* problem = forward_layout_problem(tensor)) {
-    throw InvalidValue(std::string(name) + ": " + problem);
-  }
-}
-
 }  // namespace
 
 plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
@@ -155,47 +115,25 @@ plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
   return {c.rows(), c.columns};
 }
 
-const char* forward_layout_problem(const Tensor& tensor) {
-  if (reinterpret_cast<uintptr_t>(tensor.data) % 16 != 0) {
-    return "its address must be a multiple of 16 bytes";
-  }
-  if (tensor.shape[3] > 1 && tensor.stride[3] != 1) return "its last dimension must be contiguous";
-  for (int i = 0; i < 3; ++i) {
-    if (tensor.shape[i] > 1 && (tensor.stride[i] % 8 != 0 || tensor.stride[i] < 0)) {
-      return "its strides must be multiples of 16 bytes, and not negative";
-    }
-  }
-  return nullptr;
-}
-
 void forward(const ForwardCall& call, int ordinal, CuStream stream) {
-  Problem problem;
-  problem.batch = call.q.shape[0];
-  problem.q_len = call.q.shape[1];
-  problem.q_heads = call.q.shape[2];
-  problem.head_dim = call.q.shape[3];
-  problem.kv_len = call.k.shape[1];
-  problem.kv_heads = call.k.shape[2];
-  problem.v_head_dim = call.v.shape[3];
+  const Problem problem = problem_of_views(call.q, call.k, call.v);
   if (problem.batch == 0 || problem.q_len == 0 || problem.q_heads == 0) return;
   check_layout(call.q, "q");
+  check_layout(call.k, "k");
+  check_layout(call.v, "v");
   check_layout(call.out, "out");
 
   ForwardParams params{};
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
-  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-                                       mask_path(*call.program, params.recipe));
+  const ForwardConfig config =
+      variant(padded(problem.head_dim), padded(problem.v_head_dim), half, mask_path(params.recipe));
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
   params.q = tensor_map(call.q, 64);
-  if (problem.kv_len > 0) {
-    check_layout(call.k, "k");
-    check_layout(call.v, "v");
-    params.k = tensor_map(call.k, config.columns);
-    params.v = tensor_map(call.v, config.columns);
-  }
+  params.k = tensor_map(call.k, config.columns);
+  params.v = tensor_map(call.v, config.columns);
   params.out = call.out.data;
   params.out_batch_stride = call.out.stride[0];
   params.out_row_stride = call.out.stride[1];

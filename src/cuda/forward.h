@@ -26,10 +26,6 @@ struct ForwardCall {
 
 inline constexpr int64_t kForwardWorkspaceBytes = 256;
 
-// Why the copy engine cannot read or write this view as it is (an address or stride that is no
-// multiple of 16 bytes), or nullptr. Such a tensor has to be copied first.
-const char* forward_layout_problem(const Tensor& tensor);
-
 // Queues the pass on `stream`; writes every element of out and lse. Never waits for the device; can
 // be captured in a graph.
 void forward(const ForwardCall& call, int ordinal, CuStream stream);

@@ -55,6 +55,14 @@ __device__ __forceinline__ uint32_t lower_mn_major(const void* tile, int slab_by
   return (shared_address(tile) >> 4) | (static_cast<uint32_t>(slab_bytes >> 4) << 16);
 }
 
+// K-major without a swizzle: 8 rows of 8 elements are 128 bytes in a row. The next 8 rows lie
+// `row_step` bytes further, the next 8 elements of each `element_step` bytes.
+__device__ __forceinline__ uint64_t narrow_descriptor(const void* tile, int row_step,
+                                                      int element_step) {
+  return static_cast<uint64_t>(row_step >> 4) << 32 |
+         static_cast<uint32_t>(element_step >> 4) << 16 | (shared_address(tile) >> 4);
+}
+
 // ---- the products -------------------------------------------------------------------------------
 
 // Wgmma<E, N>::product_ss: A and B from shared memory, both K-major.

@@ -1,14 +1,16 @@
 // Flash attention backward for Hopper (sm_90a), the main kernel: dK, dV and the sums of dQ.
 //
-// A block has one producer warpgroup and two math warpgroups. It takes one key tile of one kv head
-// at a time and walks the row tiles that the plan says it meets, over all query heads of the group;
-// S and P are computed again. backward_prepare.h runs before it and backward_finish.h after it.
-// docs/kernels/backward.md has the reasons and the figures behind the choices.
+// A block has one producer warpgroup, two math warpgroups, and one that makes dQ. It takes one key
+// tile of one kv head at a time and walks the row tiles that the plan says it meets, over all query
+// heads of the group; S and P are computed again. backward_prepare.h runs before it and
+// backward_finish.h after it. docs/kernels/backward.md has the reasons and the figures behind the
+// choices.
 #pragma once
 
 #include "cuda/device/sm90/backward_bits.h"
 #include "cuda/device/sm90/backward_math.h"
 #include "cuda/device/sm90/backward_produce.h"
+#include "cuda/device/sm90/backward_query.h"
 #include "cuda/device/sm90/backward_wide.h"
 
 namespace anymask::cuda {
@@ -28,20 +30,23 @@ __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
     ptx::prefetch_map(&p.out_grad);
     shared.init();
   }
+  shared.init_units(threadIdx.x, p.lse_exponent);
   __syncthreads();
 
   if (warp < kMathWarps) {
     ptx::give_registers<C.load_registers>();
     if (warp == 0) {
       backward_load<C>(p, shared, lane);
-    } else if (warp >= BackwardShared<C>::kFirstBitWarp) {
+    } else if (warp < BackwardShared<C>::kFirstBitWarp) {
+      await_turns<C>(p, shared, lane);
+    } else {
       make_key_bits<C>(p, shared, warp - BackwardShared<C>::kFirstBitWarp, lane);
-    } else if constexpr (C.staged != 0) {
-      send_q_grads<C>(p, shared, lane);
     }
-  } else {
+    return;
+  }
+  const int w = warp / kMathWarps - 1;
+  if (w < kBackwardWarpgroups) {
     ptx::take_registers<C.math_registers>();
-    const int w = warp / kMathWarps - 1;
     if constexpr (C.wide != 0) {
       BackwardWide<C> math{p, shared, w, warp % kMathWarps, lane};
       math.run();
@@ -49,6 +54,10 @@ __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
       BackwardMath<C> math{p, shared, w, warp % kMathWarps, lane};
       math.run();
     }
+  } else if constexpr (C.wide == 0) {
+    ptx::give_registers<C.query_registers>();
+    BackwardQuery<C> query{p, shared, warp % kMathWarps, lane};
+    query.run();
   }
 }
 

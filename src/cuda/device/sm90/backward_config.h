@@ -9,42 +9,51 @@ namespace anymask::cuda {
 
 // Query rows of a tile: two words of mask bits a key, one 128-byte swizzled row of dS^T.
 inline constexpr int kBackwardRows = 64;
-inline constexpr int kBackwardWarpgroups = 2;
+inline constexpr int kBackwardWarpgroups = 2;  // that own keys, or (wide) parts of the depth
 
 // One variant. Integers only: the launcher hands them to the compiler as a list.
 struct BackwardConfig {
   int32_t half;         // 1: fp16, 0: bf16
   int32_t depth;        // head dimension of q and k, padded: 64, 128, 256
   int32_t value_depth;  // head dimension of v and out, padded likewise; wide: equal to depth
-  int32_t wide;         // 0: a warpgroup owns 64 of 128 keys; 1: half of the depth of 64 keys
+  int32_t wide;         // 0: a warpgroup owns 64 of 128 keys, a third one makes dQ
+                        // 1: a warpgroup owns half of the depth of 64 keys, and of dQ
   int32_t k_stages;     // tiles of K: 2 where the next item's may come early
   int32_t q_stages;     // tiles of Q in shared memory
   int32_t o_stages;     // tiles of dO
-  int32_t staged;       // dQ leaves 1: through shared memory, by the copy engine; 0: from registers
+  int32_t slope_slots;  // tiles of dS: what the warpgroup of dQ may be behind
   int32_t chained;    // how the parts of a row tile of dQ meet. 0: added in any order to sums that
                       // one kernel clears and another converts. 1: in a fixed order; the first
                       // block stores, the last one converts
-  int32_t bit_slots;  // partial tiles whose bits are in shared memory
-  int32_t machine;    // 1: mask bits by the postfix machine, for programs without a recipe
-  int32_t slope_operand;  // A of dK = dS^T Q comes 0: from registers; 1: from shared memory
-  int32_t late_scores;    // the next S is issued 0: before dQ and dK; 1: after them
+  int32_t bit_slots;  // partial tiles whose bits, or keys whose runs, are in shared memory
+  int32_t mask_path;  // a MaskPath
   int32_t math_registers;
+  int32_t query_registers;  // of the warpgroup that makes dQ
   int32_t load_registers;
 
+  constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr int rows() const { return kBackwardRows; }
   constexpr int columns() const { return wide != 0 ? 64 : 128; }
-  constexpr int threads() const { return 128 * (kBackwardWarpgroups + 1); }
-  // The part of D (of dQ; wide: of dK and dV too) that belongs to one warpgroup.
-  constexpr int part_depth() const { return depth / kBackwardWarpgroups; }
-  // K, V, the rings of Q and dO, dS (wide: and P), what is staged of dQ, the rings of statistics
-  // and mask bits, the keys' runs, and 2 KiB for barriers, alignment and the like.
+  // Producers, warpgroups that own keys, and unless wide the one that makes dQ.
+  constexpr int warpgroups() const { return 1 + kBackwardWarpgroups + (wide != 0 ? 0 : 1); }
+  constexpr int threads() const { return 128 * warpgroups(); }
+  constexpr int registers() const {
+    return load_registers + kBackwardWarpgroups * math_registers +
+           (wide != 0 ? 0 : query_registers);
+  }
+  // dQ of a row tile is made in so many parts of the depth: by as many warpgroups (wide), or one
+  // after the other, 32 accumulators a thread each.
+  constexpr int parts() const { return wide != 0 ? kBackwardWarpgroups : depth / 64; }
+  constexpr int part_depth() const { return depth / parts(); }
+  // K, V, the rings of Q, dO and dS (wide: and P), what leaves of dK and dV, the rings of
+  // statistics and mask bits, the keys' runs, and 3 KiB for barriers, alignment and the like.
   constexpr int shared_bytes() const {
     const int keys = columns();
     return (keys * k_stages + kBackwardRows * q_stages) * depth * 2 +
            (keys + kBackwardRows * o_stages) * value_depth * 2 +
-           (wide != 0 ? 2 : 1) * keys * kBackwardRows * 2 +
-           (staged != 0 ? kBackwardRows * depth * 4 : 0) + q_stages * kBackwardRows * 8 +
-           bit_slots * keys * 8 + (machine != 0 ? 0 : keys * 24) + 2048;
+           (slope_slots + wide) * keys * kBackwardRows * 2 + q_stages * kBackwardRows * 16 +
+           (wide != 0 ? 0 : keys * 128) +
+           keys * (masks() == MaskPath::kRuns ? 8 + bit_slots * 24 : bit_slots * 8 + 24) + 3072;
   }
 };
 
@@ -55,6 +64,8 @@ struct BackwardParams {
   TensorMapBytes k;
   TensorMapBytes v;
   TensorMapBytes out_grad;
+  TensorMapBytes k_grad_map;  // boxes of 16 rows; not wide, and keys in the caller's order
+  TensorMapBytes v_grad_map;
 
   const void* out;
   int64_t out_batch_stride, out_row_stride, out_head_stride;
@@ -71,10 +82,9 @@ struct BackwardParams {
   int64_t v_grad_batch_stride, v_grad_row_stride, v_grad_head_stride;
 
   // Workspace, linear in q_len. A row tile is (batch * q_heads + head) * row_tiles + tile.
-  float* q_sums;  // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
-  float* stats;   // [row tile][2][64]: lse in log2 units, and row sums; see stat_index
-  // [row tile][2], chained: how many key tiles have added their part, a count for each warpgroup
-  // (staged: the first counts both).
+  float* q_sums;    // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
+  uint16_t* stats;  // [row tile][64][kRowStats]
+  // [row tile][2], chained: how many key tiles have added to each part
   int32_t* turns;
   int32_t* next_item;
 
@@ -87,11 +97,13 @@ struct BackwardParams {
   int32_t depth;  // as given, not padded
   int32_t value_depth;
   float scale;
-  float scale_log2;  // scale * log2(e)
+  float scale_log2;      // of S, with log2(e); never 0
+  int32_t lse_exponent;  // parts of lse come in units of 2^this
 
   int32_t row_tiles;
   int32_t pairs;  // batch * kv_heads: (batch, kv head) pairs, heads innermost
   int32_t chunk;  // pairs that run together, so that their Q, dO and dQ stay in L2
+  int32_t tail;   // pairs at the end that run together, so that blocks end together
   int32_t items;  // pairs * key tiles
 
   plan::TileMap columns;  // outer: key tiles
@@ -100,11 +112,18 @@ struct BackwardParams {
   rules::Program program;
 };
 
-// Where row `row` of a tile lies in each of its 64 floats of statistics. A thread of quad lane q
-// needs those of rows 8k + 2q and 8k + 2q + 1: four times four neighbours.
-constexpr int stat_index(int row) {
-  const int k = row / 8, q = row % 8 / 2;
-  return (k / 2 * 4 + q) * 4 + k % 2 * 2 + row % 2;
+// What is known of a query row before the pass, as eight 16-bit numbers: -lse / scale in three
+// parts and -rowsum(dO O) in four. A product with constants adds them to S and dP, which costs the
+// tensor cores 5% and saves every math thread 32 numbers a step from shared memory, whose bandwidth
+// is what bounds the kernel. A part is what the parts before it have left, in units of a power of
+// two.
+inline constexpr int kRowStats = 8;
+inline constexpr int kLseParts = 3;
+inline constexpr int kSumParts = 4;
+// Units of the sums' parts: together fp16's range reaches from 2^-38 to 2^30.
+constexpr int sum_exponent(int part) {
+  constexpr int kExponents[kSumParts] = {14, 4, -6, -14};
+  return kExponents[part];
 }
 
 }  // namespace anymask::cuda

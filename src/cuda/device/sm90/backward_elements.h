@@ -9,16 +9,11 @@
 #include "cuda/device/ptx/bulk.h"
 #include "cuda/device/ptx/matrix.h"
 #include "cuda/device/ptx/registers.h"
+#include "cuda/device/ptx/wgmma.h"
 #include "cuda/device/sm90/backward_shared.h"
 #include "cuda/device/sm90/backward_store.h"
 
 namespace anymask::cuda {
-
-// Waits until all key tiles that go before have added to this step's row tile of dQ.
-__device__ __forceinline__ void await_turn(const int32_t* turns, const BackwardStep& step) {
-  if (step.turn == 0) return;
-  while (ptx::load_acquire(turns) < step.turn) __nanosleep(32);
-}
 
 inline constexpr int kPieceValues = kBackwardRows / 2;  // of a thread, in a 64 x 64 piece
 
@@ -27,20 +22,23 @@ __device__ __forceinline__ uint32_t pack_pair(float low, float high) {
   return kHalf ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
 }
 
-// P = exp2(S * scale - lse), in place.
+// The statistics that the constants `units` pick, added to a piece of S or dP. All keys have the
+// same constants, so their 8 rows serve for all 64; the upper 8 elements of a product of 16 are 0
+// there, and of the statistics they are the lower ones once more.
+template <bool kHalf>
+__device__ __forceinline__ void add_stats(float (&piece)[kPieceValues],
+                                          const uint16_t (*units)[kRowStats], int zeros_after,
+                                          const uint16_t (*stats)[kRowStats]) {
+  using Product = ptx::Wgmma<kHalf ? ptx::Element::kF16 : ptx::Element::kBf16, kBackwardRows>;
+  Product::product_ss(piece, ptx::narrow_descriptor(units, 0, zeros_after),
+                      ptx::narrow_descriptor(stats, 128, 0), true);
+}
+
+// P = exp2((S - lse / scale) * scale), in place.
 __device__ __forceinline__ void weights_from_scores(float (&values)[kPieceValues],
-                                                    const float* lse_stats, float scale_log2,
-                                                    int q) {
-  const float4* lse = reinterpret_cast<const float4*>(lse_stats) + q;
+                                                    float scale_log2) {
 #pragma unroll
-  for (int pair = 0; pair < kBackwardRows / 16; ++pair) {
-    const float4 four = lse[4 * pair];
-#pragma unroll
-    for (int i = 8 * pair; i < 8 * pair + 8; ++i) {
-      const float low = i % 8 < 4 ? four.x : four.z, high = i % 8 < 4 ? four.y : four.w;
-      values[i] = ptx::exp2_fast(values[i] * scale_log2 - (i % 2 == 0 ? low : high));
-    }
-  }
+  for (int i = 0; i < kPieceValues; ++i) values[i] = ptx::exp2_fast(values[i] * scale_log2);
 }
 
 // P = 0 where a pair is hidden. words[r]: 64 rows of this thread's key r, shifted right by 2q.
@@ -65,21 +63,38 @@ __device__ __forceinline__ void read_words(const uint32_t (*bits)[2], int key, i
   }
 }
 
-// dS = P (dP - sums), packed as an A operand. `weight(i)` is P.
+// Rows [row, row + 32) that see a key.
+template <int kKeys>
+__device__ __forceinline__ uint32_t word_of_runs(const BackwardParams& p,
+                                                 const KeyRuns<kKeys>& runs, int key, int row) {
+  uint32_t word = rules::run_word(runs.ends[0][key], runs.ends[1][key], row);
+  if (p.recipe.holes > 0) word &= ~rules::run_word(runs.ends[2][key], runs.ends[3][key], row);
+  if (p.recipe.holes > 1) word &= ~rules::run_word(runs.ends[4][key], runs.ends[5][key], row);
+  return word;
+}
+
+// The words that read_words reads, from the runs of rows that see the keys. `row`: the tile's
+// first.
+template <int kKeys>
+__device__ __forceinline__ void words_of_runs(const BackwardParams& p, const KeyRuns<kKeys>& runs,
+                                              int key, int q, int row, uint32_t (&words)[2][2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      words[r][half] = word_of_runs(p, runs, key + 8 * r, row + 32 * half + 2 * q);
+    }
+  }
+}
+
+// dS = P (dP - sums), packed as an A operand. `weight_grads`: dP - sums; `weight(i)`: P.
 template <bool kHalf, typename Weight>
 __device__ __forceinline__ void pack_slopes(const float (&weight_grads)[kPieceValues],
-                                            const float* sum_stats, int q, Weight&& weight,
-                                            uint32_t (&slopes)[kPieceValues / 2]) {
-  const float4* sums = reinterpret_cast<const float4*>(sum_stats) + q;
+                                            Weight&& weight, uint32_t (&slopes)[kPieceValues / 2]) {
 #pragma unroll
-  for (int pair = 0; pair < kBackwardRows / 16; ++pair) {
-    const float4 four = sums[4 * pair];
-#pragma unroll
-    for (int i = 8 * pair; i < 8 * pair + 8; i += 2) {
-      const float first = weight(i) * (weight_grads[i] - (i % 8 < 4 ? four.x : four.z));
-      const float second = weight(i + 1) * (weight_grads[i + 1] - (i % 8 < 4 ? four.y : four.w));
-      slopes[i / 2] = pack_pair<kHalf>(first, second);
-    }
+  for (int i = 0; i < kPieceValues; i += 2) {
+    slopes[i / 2] =
+        pack_pair<kHalf>(weight(i) * weight_grads[i], weight(i + 1) * weight_grads[i + 1]);
   }
 }
 
@@ -105,68 +120,6 @@ __device__ __forceinline__ void load_fragments(uint32_t address,
   for (int step = 0; step < kBackwardRows / 16; ++step) {
     ptx::load_matrices(address ^ (step << 5), &packed[4 * step]);
   }
-}
-
-// Adds a warpgroup's part of dQ from registers to the workspace; chained: when its turn has come,
-// and the first one stores, so that nobody has to clear the sums before.
-template <BackwardConfig C, int kCount>
-__device__ __forceinline__ void add_in_turn(const BackwardParams& p, const BackwardStep& step,
-                                            int w, int thread, const float (&values)[kCount]) {
-  constexpr int kFloats = kBackwardRows * C.part_depth();
-  float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
-              w * kFloats + 4 * thread;
-  int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile) + w;
-  if constexpr (C.chained != 0) {
-    if (thread == 0) await_turn(turns, step);
-    ptx::named_sync(kTurnBarrier + w, 128);
-  }
-  if (C.chained != 0 && step.turn == 0) {
-#pragma unroll
-    for (int i = 0; i < kFloats / 512; ++i) {
-      *reinterpret_cast<float4*>(to + 512 * i) = {values[4 * i], values[4 * i + 1],
-                                                  values[4 * i + 2], values[4 * i + 3]};
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kFloats / 512; ++i) {
-      ptx::add_four(to + 512 * i, values[4 * i], values[4 * i + 1], values[4 * i + 2],
-                    values[4 * i + 3]);
-    }
-  }
-  if constexpr (C.chained != 0) {
-    __threadfence();
-    ptx::named_sync(kTurnBarrier + w, 128);
-    if (thread == 0) ptx::add_release(turns, 1);
-  }
-}
-
-// Chained: whoever is last takes the sum of those before and writes dQ itself.
-template <BackwardConfig C, int kCount>
-__device__ __forceinline__ void finish_in_turn(const BackwardParams& p, const BackwardStep& step,
-                                               int batch, int w, int thread,
-                                               float (&values)[kCount]) {
-  constexpr int kFloats = kBackwardRows * C.part_depth();
-  if (step.turn > 0) {
-    // Staged, the sending warp counts both halves at once.
-    const int32_t* turns =
-        p.turns + 2 * static_cast<int64_t>(step.row_tile) + (C.staged != 0 ? 0 : w);
-    if (thread == 0) await_turn(turns, step);
-    ptx::named_sync(kTurnBarrier + w, 128);
-    const float* from = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
-                        w * kFloats + 4 * thread;
-#pragma unroll
-    for (int i = 0; i < kFloats / 512; ++i) {
-      float before[4];
-      ptx::load_four(from + 512 * i, before);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) values[4 * i + j] += before[j];
-    }
-  }
-  const int tile = step.row_tile - (batch * p.q_heads + step.last_head) * p.row_tiles;
-  uint16_t* to = static_cast<uint16_t*>(p.q_grad) + batch * p.q_grad_batch_stride +
-                 step.last_head * p.q_grad_head_stride + w * C.part_depth();
-  store_rows<C.half != 0>(values, p.scale, to, p.q_grad_row_stride, nullptr, tile * kBackwardRows,
-                          p.q_len, p.depth - w * C.part_depth(), thread / 32, thread % 32);
 }
 
 }  // namespace anymask::cuda

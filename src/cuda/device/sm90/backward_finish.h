@@ -8,8 +8,6 @@
 
 namespace anymask::cuda {
 
-inline constexpr int kFinishThreads = 128 * kBackwardWarpgroups;
-
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) {
   const int64_t row_tile = blockIdx.x;  // of all of the workspace

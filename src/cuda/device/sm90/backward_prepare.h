@@ -1,8 +1,8 @@
 // Before the Hopper backward kernel: statistics of every row, and a clean workspace.
 //
-// dS = P (dP - (rowsum(dO O) - dlse)), so what is taken from dP is one number a row. lse goes to
-// log2 units; for rows that see nothing or do not exist it becomes +infinity, which makes their P
-// zero.
+// dS = P (dP - (rowsum(dO O) - dlse)), so what is taken from dP is one number a row, as is what is
+// taken from S. Rows that see nothing or do not exist get an lse so large that their P is 0; it
+// must not be infinite, since products with constants of 0 meet it too.
 #pragma once
 
 #include "cuda/device/ptx/matrix.h"
@@ -27,6 +27,39 @@ __device__ __forceinline__ float dot_eight(const uint16_t* a, const uint16_t* b)
     sum += ptx::high_of<kHalf>(xs[i]) * ptx::high_of<kHalf>(ys[i]);
   }
   return sum;
+}
+
+// What is left of `value` after its part in units of 2^exponent, which goes to `part`.
+template <bool kHalf>
+__device__ __forceinline__ float take_part(float value, int exponent, uint32_t& part) {
+  const float unit = __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
+  const float inverse = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
+  part = (kHalf ? ptx::pack_f16(value * inverse, 0.0f) : ptx::pack_bf16(value * inverse, 0.0f)) &
+         0xffffu;
+  return value - ptx::low_of<kHalf>(part) * unit;
+}
+
+// A row's numbers: see kRowStats.
+template <bool kHalf>
+__device__ __forceinline__ void store_stats(const BackwardParams& p, uint16_t* to, bool sees,
+                                            float lse, float sum) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  constexpr float kHuge = 60000.0f;  // in fp16 too
+  uint32_t parts[kRowStats] = {};
+  if (sees) {
+    float left = lse * kLog2E / -p.scale_log2;
+#pragma unroll
+    for (int i = 0; i < kLseParts; ++i) left = take_part<kHalf>(left, p.lse_exponent, parts[i]);
+  } else {
+    take_part<kHalf>(p.scale_log2 > 0 ? -kHuge : kHuge, 0, parts[0]);
+  }
+  float left = -sum;
+#pragma unroll
+  for (int i = 0; i < kSumParts; ++i) {
+    left = take_part<kHalf>(left, sum_exponent(i), parts[kLseParts + i]);
+  }
+  ptx::store_global(to, parts[0] | parts[1] << 16, parts[2] | parts[3] << 16,
+                    parts[4] | parts[5] << 16, parts[6] | parts[7] << 16);
 }
 
 template <BackwardConfig C>
@@ -80,7 +113,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
   if (C.chained != 0 && thread < 2) p.turns[2 * row_tile + thread] = 0;
   if (row_tile == 0 && thread == 0) *p.next_item = 0;
 
-  float* stats = p.stats + row_tile * (2 * kBackwardRows);
+  uint16_t* stats = p.stats + row_tile * (kBackwardRows * kRowStats);
 #pragma unroll
   for (int i = 0; i < kBackwardRows / kRowsAtOnce; ++i) {
     float sum = sums[i];
@@ -88,15 +121,13 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     for (int step = kPrepareLanes / 2; step > 0; step /= 2) sum += ptx::shuffle_xor(sum, step);
     const int in_tile = i * kRowsAtOnce + thread / kPrepareLanes;
     if (part != 0) continue;
-    constexpr float kLog2E = 1.4426950408889634f;
-    const float infinity = __uint_as_float(0x7f800000u);
     const int row = first_row + in_tile;
     const int64_t at = static_cast<int64_t>(head_index) * p.q_len + row;
+    const float infinity = __uint_as_float(0x7f800000u);
     const float lse = row < p.q_len ? p.lse[at] : -infinity;
     const bool sees = lse > -infinity;
     if (sees && p.lse_grad != nullptr) sum -= p.lse_grad[at];
-    stats[stat_index(in_tile)] = sees ? lse * kLog2E : infinity;
-    stats[kBackwardRows + stat_index(in_tile)] = sees ? sum : 0.0f;
+    store_stats<C.half != 0>(p, stats + in_tile * kRowStats, sees, lse, sees ? sum : 0.0f);
   }
 }
 

@@ -1,4 +1,4 @@
-// The Hopper backward kernel's warp that loads and (staged) the warp that sends dQ away.
+// The Hopper backward kernel's warp that loads.
 #pragma once
 
 #include "cuda/device/ptx/bulk.h"
@@ -8,8 +8,6 @@
 #include "cuda/device/sm90/backward_schedule.h"
 
 namespace anymask::cuda {
-
-// ---- the loading warp ---------------------------------------------------------------------------
 
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardShared<C>& shared,
@@ -67,9 +65,11 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       shared.item_full[items.slot].arrive();
     }
     if (item.steps < 0) break;
-    // Asked for now, needed only when this item's loads are out.
+    // Asked for now, needed only when this item's loads are out. Chained, an item that is claimed
+    // and not begun holds up all that come after it in the order of sums: claimed when it is
+    // needed.
     int claimed = 0;
-    if (lane == 0) claimed = atomicAdd(p.next_item, 1);
+    if (C.chained == 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
 
     bool first = true;
 #pragma unroll 1
@@ -77,32 +77,33 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       const int head = item.kv_head * p.group_heads + i;
       bool fresh = true;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
-      for_each_row_tile(p, item, head, lane, [&](int tile, uint32_t partial) {
-        BackwardStep step = {first_tile + tile, static_cast<int32_t>(partial), 0, -1};
-        if constexpr (C.chained != 0) {
-          step.turn = turn_of(p, item, head, tile, lane);
-          const int64_t row = map_row(p, p.rows, mask_place(p, item.batch, head), tile);
-          if (step.turn + 1 == p.rows.count[row]) step.last_head = head;
-        }
-        const int row = tile * kBackwardRows;
-        if (partial != 0) {
-          ask_for_bits({item.key_tile, tile, mask_place(p, item.batch, head), fresh});
+      const auto visit = [&](const RowTile& visited) {
+        const int row = visited.tile * kBackwardRows;
+        BackwardStep step = {first_tile + visited.tile, row, 0, visited.turn,
+                             visited.last ? head : -1};
+        if (visited.partial != 0) {
+          step.partial = fresh ? 2 : 1;
+          if (fresh || C.masks() != MaskPath::kRuns) {
+            ask_for_bits({item.key_tile, visited.tile, mask_place(p, item.batch, head), fresh});
+          }
           fresh = false;
         }
         shared.q_empty[q_ring.slot].wait(q_ring.parity ^ 1);
         if (lane == 0) {
           ptx::Barrier& full = shared.q_full[q_ring.slot];
           shared.steps[q_ring.slot] = step;
-          if constexpr (C.staged != 0) shared.sent[sent_ring.slot] = step;
+          if constexpr (C.wide == 0) shared.sent[sent_ring.slot] = step;
+          if constexpr (Shared::kWaitsForTurns) shared.sent_full[sent_ring.slot].arrive();
           full.arrive_expect(Shared::kQBytes);
 #pragma unroll
           for (int slab = 0; slab < Shared::kSlabs; ++slab) {
             ptx::load_box(shared.q[q_ring.slot][slab], &p.q, full, slab * kSlabColumns, row, head,
                           item.batch);
           }
-          ptx::load_bytes(shared.stats[q_ring.slot],
-                          p.stats + static_cast<int64_t>(step.row_tile) * (2 * kBackwardRows),
-                          Shared::kStatBytes, full);
+          ptx::load_bytes(
+              shared.stats[q_ring.slot],
+              p.stats + static_cast<int64_t>(step.row_tile) * (kBackwardRows * kRowStats),
+              Shared::kStatBytes, full);
         }
         q_ring.next();
         sent_ring.next();
@@ -126,69 +127,19 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         if constexpr (C.k_stages > 1) load_k(item);
         load_v(item);
         if constexpr (C.k_stages == 1) load_k(item);
-      });
+      };
+      Span late = {0, 0};
+      if constexpr (C.chained != 0) {
+        const rules::Place place = mask_place(p, item.batch, head);
+        late = late_row_tiles(p.columns, map_row(p, p.columns, place, item.key_tile), lane);
+      }
+      for_each_row_tile<C>(p, item, head, {late.end, p.row_tiles}, lane, visit);
+      if constexpr (C.chained != 0) for_each_row_tile<C>(p, item, head, late, lane, visit);
     }
+    if (C.chained != 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
   }
   ask_for_bits({0, -1, {0, 0}, 0});
-}
-
-// ---- the warp that sends dQ away (staged) -------------------------------------------------------
-
-template <BackwardConfig C>
-__device__ __forceinline__ void send_q_grads(const BackwardParams& p, BackwardShared<C>& shared,
-                                             int lane) {
-  constexpr int kFloats = kBackwardRows * C.part_depth();  // of a warpgroup
-  Ring<kItemSlots> items;
-  Ring<kSentSlots> sent;
-  uint32_t parity = 0;
-  for (;; items.next()) {
-    shared.item_full[items.slot].wait(items.parity);
-    const int steps = shared.items[items.slot].steps;
-    __syncwarp();
-    if (lane == 0) shared.item_empty[items.slot].arrive();
-    if (steps < 0) break;
-
-#pragma unroll 1
-    for (int t = 0; t < steps; ++t, sent.next(), parity ^= 1) {
-      shared.q_grad_full[0].wait(parity);
-      const BackwardStep step = shared.sent[sent.slot];
-      float* to = p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth);
-      int32_t* turns = p.turns + 2 * static_cast<int64_t>(step.row_tile);
-      auto send = [&](int w) {
-        if (C.chained != 0 && step.last_head >= 0) return;  // the math warps have finished it
-        if (C.chained != 0 && step.turn == 0) {
-          ptx::copy_floats(to + w * kFloats, shared.q_grad[w], kFloats * 4);
-        } else {
-          ptx::add_floats(to + w * kFloats, shared.q_grad[w], kFloats * 4);
-        }
-        ptx::bulk_commit();
-      };
-      if (lane == 0) {
-        if (C.chained != 0 && step.last_head < 0) {
-          await_turn(turns, step);
-          ptx::fence_async_global();
-        }
-        send(0);
-      }
-      __syncwarp();
-      shared.q_grad_full[1].wait(parity);
-      if (lane == 0) {
-        send(1);
-        ptx::bulk_wait_read<1>();
-        shared.q_grad_empty[0].arrive();
-        ptx::bulk_wait_read<0>();
-        shared.q_grad_empty[1].arrive();
-        if (C.chained != 0 && step.last_head < 0) {
-          ptx::bulk_wait<0>();
-          ptx::fence_async_global();
-          ptx::add_release(turns, 1);
-        }
-      }
-      __syncwarp();
-    }
-  }
-  if (lane == 0) ptx::bulk_wait<0>();
 }
 
 }  // namespace anymask::cuda

@@ -11,6 +11,7 @@
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
 #include "cuda/device/sm90/backward_store.h"
+#include "cuda/device/sm90/backward_sums.h"
 
 namespace anymask::cuda {
 
@@ -37,6 +38,7 @@ struct BackwardWide {
   Ring<C.bit_slots> bit_ring;
   uint32_t kv_parity = 0;
   uint32_t weights_parity = 1;  // of weights_empty
+  int run_slot = -1;            // where the runs of the item's keys are
 
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
     __syncwarp();
@@ -61,6 +63,7 @@ struct BackwardWide {
       ScoreProduct::product_ss(piece, ptx::descriptor(a + offset), ptx::descriptor(b + offset),
                                i > 0);
     }
+    add_stats<kHalf>(piece, shared.units[w], (2 - w) * 128, shared.stats[q_ring.slot]);
     ptx::wgmma_commit();
   }
 
@@ -80,7 +83,7 @@ struct BackwardWide {
   }
 
   __device__ __forceinline__ void issue_q_grad(float (&q_grad)[kPart / 2]) {
-    const uint32_t a = ptx::opaque(ptx::lower_mn_major(shared.slopes, kSlabBytes));
+    const uint32_t a = ptx::opaque(ptx::lower_mn_major(shared.slopes[0], kSlabBytes));
     const uint32_t b =
         ptx::lower_mn_major(shared.k[0], kSlabBytes) + w * (kPartSlabs * kSlabBytes / 16);
     ptx::pin(q_grad);
@@ -95,15 +98,28 @@ struct BackwardWide {
 
   // ---- between the products ---------------------------------------------------------------------
 
-  __device__ __forceinline__ void publish_weights(const BackwardStep& step, int stage,
+  __device__ __forceinline__ void take_runs() {
+    if (run_slot >= 0) arrive(shared.bits_empty[run_slot]);
+    run_slot = bit_ring.slot;
+    shared.bits_full[run_slot].wait(bit_ring.parity);
+    bit_ring.next();
+  }
+
+  __device__ __forceinline__ void publish_weights(const BackwardStep& step,
                                                   float (&piece)[kPieceValues]) {
-    weights_from_scores(piece, shared.stats[stage][0], p.scale_log2, lane % 4);
+    weights_from_scores(piece, p.scale_log2);
     if (step.partial != 0) {
       uint32_t words[2][2];
-      shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
-      read_words(shared.bits[bit_ring.slot], 16 * warp + lane / 4, lane % 4, words);
-      arrive(shared.bits_empty[bit_ring.slot]);
-      bit_ring.next();
+      const int key = 16 * warp + lane / 4;
+      if constexpr (C.masks() == MaskPath::kRuns) {
+        if (step.partial == 2) take_runs();
+        words_of_runs(p, shared.runs[run_slot], key, lane % 4, step.first_row, words);
+      } else {
+        shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+        read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
+        arrive(shared.bits_empty[bit_ring.slot]);
+        bit_ring.next();
+      }
       hide(piece, words);
     }
     uint32_t packed[kPieceValues / 2];
@@ -117,17 +133,17 @@ struct BackwardWide {
     ptx::fence_async_shared();
   }
 
-  __device__ __forceinline__ void publish_slopes(int stage, const float (&piece)[kPieceValues]) {
+  __device__ __forceinline__ void publish_slopes(const float (&piece)[kPieceValues]) {
     uint32_t weights[kPieceValues / 2], slopes[kPieceValues / 2];
     load_fragments(fragment_address(shared.weights, 16 * warp, lane), weights);
     pack_slopes<kHalf>(
-        piece, shared.stats[stage][1], lane % 4,
+        piece,
         [&](int i) {
           return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2])
                             : ptx::high_of<kHalf>(weights[i / 2]);
         },
         slopes);
-    store_fragments(fragment_address(shared.slopes, 16 * warp, lane), slopes);
+    store_fragments(fragment_address(shared.slopes[0], 16 * warp, lane), slopes);
     ptx::fence_async_shared();
   }
 
@@ -135,11 +151,13 @@ struct BackwardWide {
 
   // One row tile; its piece is issued. kMore: on return the next one's is.
   template <bool kMore>
-  __device__ __forceinline__ void one_step(const BackwardItem& item, float (&piece)[kPieceValues],
-                                           float (&k_grad)[kPart / 2], float (&v_grad)[kPart / 2]) {
+  __device__ __forceinline__ void one_step(const BackwardItem& item, QuerySums<C>& sums,
+                                           float (&piece)[kPieceValues], float (&k_grad)[kPart / 2],
+                                           float (&v_grad)[kPart / 2]) {
     const int q_slot = q_ring.slot, o_slot = o_ring.slot;
     const BackwardStep& read = shared.steps[q_slot];
-    const BackwardStep step = {ptx::uniform(read.row_tile), ptx::uniform(read.partial), read.turn,
+    const BackwardStep step = {ptx::uniform(read.row_tile), read.first_row,
+                               ptx::uniform(read.partial), read.turn,
                                C.chained != 0 ? ptx::uniform(read.last_head + 1) - 1 : -1};
     q_ring.next();
     o_ring.next();
@@ -150,24 +168,23 @@ struct BackwardWide {
     ptx::pin(piece);
     ptx::pin(k_grad);
     ptx::pin(v_grad);
-    if (w == 0) publish_weights(step, q_slot, piece);
+    if (w == 0) publish_weights(step, piece);
     ptx::named_sync(kWeightsBarrier, 128 * kBackwardWarpgroups);
     issue_grad(v_grad, shared.weights, shared.out_grad[o_slot]);
-    if (w == 1) publish_slopes(q_slot, piece);
+    if (w == 1) publish_slopes(piece);
     ptx::named_sync(kSlopesBarrier, 128 * kBackwardWarpgroups);
 
     float q_grad[kPart / 2];
     issue_q_grad(q_grad);
-    issue_grad(k_grad, shared.slopes, shared.q[q_slot]);
+    issue_grad(k_grad, shared.slopes[0], shared.q[q_slot]);
     ptx::wgmma_wait<1>();  // all but dK
     ptx::pin(q_grad);
     if (w == 1) arrive(shared.weights_empty);
     arrive(shared.out_grad_empty[o_slot]);
-    if (C.chained != 0 && step.last_head >= 0) {
-      finish_in_turn<C>(p, step, item.batch, w, 32 * warp + lane, q_grad);
-    } else {
-      add_in_turn<C>(p, step, w, 32 * warp + lane, q_grad);
-    }
+    sums.settle();
+    sums.await(step);
+    sums.add(step, item.batch, w, q_grad);
+    sums.finish(step);
     if constexpr (kMore) {
       issue_piece(piece);
       ptx::wgmma_wait<1>();  // dK
@@ -179,7 +196,8 @@ struct BackwardWide {
     arrive(shared.q_empty[q_slot]);
   }
 
-  __device__ __forceinline__ void all_steps(const BackwardItem& item, float (&k_grad)[kPart / 2],
+  __device__ __forceinline__ void all_steps(const BackwardItem& item, QuerySums<C>& sums,
+                                            float (&k_grad)[kPart / 2],
                                             float (&v_grad)[kPart / 2]) {
     float piece[kPieceValues];  // S, then P; or dP
     shared.k_full[0].wait(kv_parity);
@@ -187,8 +205,9 @@ struct BackwardWide {
     kv_parity ^= 1;
     issue_piece(piece);
 #pragma unroll 1
-    for (int t = 1; t < item.steps; ++t) one_step<true>(item, piece, k_grad, v_grad);
-    one_step<false>(item, piece, k_grad, v_grad);
+    for (int t = 1; t < item.steps; ++t) one_step<true>(item, sums, piece, k_grad, v_grad);
+    one_step<false>(item, sums, piece, k_grad, v_grad);
+    sums.settle();
     arrive(shared.k_empty[0]);
     arrive(shared.v_empty);
   }
@@ -210,6 +229,7 @@ struct BackwardWide {
   // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
+    QuerySums<C> sums{p, w, 32 * warp + lane};
     Ring<kItemSlots> items;
 #pragma unroll 1
     for (;; items.next()) {
@@ -222,7 +242,7 @@ struct BackwardWide {
       float k_grad[kPart / 2], v_grad[kPart / 2];
 #pragma unroll
       for (int i = 0; i < kPart / 2; ++i) k_grad[i] = v_grad[i] = 0.0f;
-      if (item.steps > 0) all_steps(item, k_grad, v_grad);
+      if (item.steps > 0) all_steps(item, sums, k_grad, v_grad);
       store(item, k_grad, v_grad);
     }
   }

@@ -1,19 +1,19 @@
-// What move_keys is given: shared by the host that launches it and the device code.
+// What gather_keys is given: shared by the host that launches it and the device code.
 #pragma once
 
 #include "rules/common.h"
 
 namespace anymask::cuda {
 
-inline constexpr int kMoveThreads = 256;
+inline constexpr int kGatherThreads = 256;
 
 // Strides in elements of two bytes: [batch, length, head].
-struct MoveKeysParams {
-  void* plan;            // rows in the plan's order
-  void* call;            // rows in the caller's order
+struct GatherKeysParams {
+  const void* from;      // rows in the caller's order
+  void* to;              // rows in the plan's order
   const int32_t* order;  // [order_batches][orders][length]: position -> key
-  int64_t plan_stride[3];
-  int64_t call_stride[3];
+  int64_t from_stride[3];
+  int64_t to_stride[3];
   int64_t pieces;  // of 16 bytes, in all
   int32_t row_pieces;
   int32_t length;
@@ -21,7 +21,6 @@ struct MoveKeysParams {
   int32_t order_batches;  // 1 or all
   int32_t orders;
   int32_t order_heads;  // kv heads that share an order
-  int32_t to_plan;      // 1: gather into the plan's order, 0: scatter back
 };
 
 }  // namespace anymask::cuda
