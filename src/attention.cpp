@@ -142,6 +142,7 @@ void attention_forward(const ForwardArgs& args) {
 void attention_backward(const BackwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_backward(args, problem);
+  if (on_cuda(problem)) refuse_scores(args.scores);
   const double scale = check_scale(args.scale, problem);
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
   if (on_cuda(problem)) return cuda::backward(args, problem, plan.get(), scale);

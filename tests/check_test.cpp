@@ -135,6 +135,7 @@ TEST(Check, RefusesWrongScoreOptions) {
       "sink has no memory");
 }
 
+// Before anything is read or launched: there is no GPU here.
 TEST(Check, CudaRefusesScoreOptionsByName) {
   Call call;
   for (Tensor* t : {&call.args.q, &call.args.k, &call.args.v, &call.args.out, &call.args.lse}) {
@@ -143,13 +144,21 @@ TEST(Check, CudaRefusesScoreOptionsByName) {
   for (Tensor* t : {&call.args.q, &call.args.k, &call.args.v, &call.args.out}) {
     t->dtype = DType::bf16;
   }
-  call.args.scores.softcap = 30;
-  try {
-    attention_forward(call.args);
-    FAIL();
-  } catch (const Unsupported& error) {
-    EXPECT_EQ(std::string(error.what()), "softcap: not available on CUDA yet; use the CPU");
-  }
+  ForwardArgs& f = call.args;
+  f.scores.softcap = 30;
+  BackwardArgs g;
+  g.q = f.q, g.k = f.k, g.v = f.v, g.out = f.out, g.lse = f.lse, g.dout = f.out;
+  g.dq = f.q, g.dk = f.k, g.dv = f.v, g.scores = f.scores;
+  const auto refused = [](const auto& attention, const auto& args) {
+    try {
+      attention(args);
+      FAIL();
+    } catch (const Unsupported& error) {
+      EXPECT_STREQ(error.what(), "softcap: not available on CUDA yet; use the CPU");
+    }
+  };
+  refused(attention_forward, f);
+  refused(attention_backward, g);
 }
 
 TEST(Check, RefusesWrongGradients) {
