@@ -32,12 +32,14 @@ class KeyOrder {
         seen_(static_cast<size_t>(orders_)) {}
 
   void run() {
-    constexpr int64_t kKeys = 4096;  // a task
-    parallel_in_groups(orders_ * keys_, kKeys, [&](int64_t index) { see_key(index); });
+    if (keys_ == 0) return;
+    constexpr int64_t kKeysToSee = 4096, kKeysToSort = 16384;  // a task
+    parallel_in_groups(orders_ * keys_, kKeysToSee, [&](int64_t index) { see_key(index); });
     parallel_for(orders_, [&](int64_t order, int) { sort_keys(order); });
     const int64_t most_groups = rules::group_count(program_.kv_len, tile_columns_);
-    parallel_for(orders_ * most_groups,
-                 [&](int64_t task, int) { sort_group(task / most_groups, task % most_groups); });
+    parallel_in_groups(
+        orders_ * most_groups, std::max<int64_t>(1, kKeysToSort * most_groups / keys_),
+        [&](int64_t index) { sort_group(index / most_groups, index % most_groups); });
   }
 
  private:

@@ -85,8 +85,8 @@ void pack_dense(const Program& program, const rules::Node& dense, const rules::N
 
 // ---- tile maps ----------------------------------------------------------------------------------
 
-// Tiles of a task: some 0.1 ms for most masks.
-constexpr int kTaskTiles = 16384;
+// Tiles of a task: some 0.5 ms for most masks. On a busy machine a second thread may be 4 ms late.
+constexpr int kTaskTiles = 65536;
 
 // Fills the row map of one place.
 class MapBuilder {
@@ -167,9 +167,8 @@ void transpose_map(const Program& program, const TileMap& rows, const TileMap& c
   std::fill_n(columns.visible, all * columns.words, 0u);
   std::fill_n(columns.hidden, all * columns.words, 0u);
   if (all == 0 || rows.outer_tiles == 0) return;
-  // By words of the row map: the 32 key tiles of a word are its own. 8 tiles take as long as one
-  // takes to be classed.
-  const int64_t group = std::max(1, kTaskTiles / 4 / rows.outer_tiles);
+  // By words of the row map: the 32 key tiles of a word are its own.
+  const int64_t group = std::max(1, kTaskTiles / rows.outer_tiles);
   parallel_in_groups(plan::places(program) * rows.words, group, [&](int64_t index) {
     const int64_t place = index / rows.words;
     const int64_t word = index % rows.words;
