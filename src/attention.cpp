@@ -19,6 +19,18 @@ namespace {
 
 bool on_cuda(const Problem& problem) { return problem.device.type == DeviceType::cuda; }
 
+// What the kernels do not do yet.
+void refuse_scores(const ScoreOptions& scores) {
+  const auto refuse = [](const char* name, bool given) {
+    if (given) throw Unsupported(std::string(name) + ": not available yet");
+  };
+  refuse("key_bias", scores.key_bias.given());
+  refuse("bias", scores.bias.given());
+  refuse("sink", scores.sink.given());
+  refuse("softcap", scores.softcap > 0);
+  refuse("dropout_p", scores.dropout_p > 0);
+}
+
 // A mask lowered for a problem, and how its plan lies in a buffer.
 struct Lowered {
   rules::Program program;
@@ -112,6 +124,7 @@ int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool 
 void attention_forward(const ForwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_forward(args, problem);
+  if (on_cuda(problem)) refuse_scores(args.scores);
   const double scale = check_scale(args.scale, problem);
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
   if (on_cuda(problem)) return cuda::forward(args, problem, plan.get(), scale);
@@ -122,7 +135,8 @@ void attention_forward(const ForwardArgs& args) {
                 .lse = args.lse,
                 .program = &plan.get().program,
                 .rows = plan.get().forward_rows,
-                .scale = scale});
+                .scale = scale,
+                .scores = args.scores});
 }
 
 void attention_backward(const BackwardArgs& args) {
@@ -144,7 +158,11 @@ void attention_backward(const BackwardArgs& args) {
                  .program = &plan.get().program,
                  .rows = plan.get().backward_rows,
                  .columns = plan.get().backward_columns,
-                 .scale = scale});
+                 .scale = scale,
+                 .scores = args.scores,
+                 .dkey_bias = args.dkey_bias,
+                 .dbias = args.dbias,
+                 .dsink = args.dsink});
 }
 
 std::vector<std::string> cpu_instruction_sets() { return cpu::instruction_sets(); }

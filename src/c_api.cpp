@@ -87,6 +87,16 @@ std::optional<double> scale_from(double scale) {
   return std::isnan(scale) ? std::nullopt : std::optional<double>(scale);
 }
 
+ScoreOptions scores_from(const anymask_score_options* from) {
+  if (from == nullptr) return {};
+  return {.key_bias = tensor_from(from->key_bias),
+          .bias = tensor_from(from->bias),
+          .sink = tensor_from(from->sink),
+          .seed_offset = tensor_from(from->seed_offset),
+          .softcap = from->softcap,
+          .dropout_p = from->dropout_p};
+}
+
 void write_text(const std::string& text, char* target, int64_t size) {
   if (size < static_cast<int64_t>(text.size()) + 1) {
     throw InvalidValue("size is " + std::to_string(size) + "; the text needs " +
@@ -139,6 +149,7 @@ anymask_status anymask_attention_forward(const anymask_forward_args* args) {
     call.plan = args->plan;
     call.plan_bytes = args->plan_bytes;
     call.scale = scale_from(args->scale);
+    call.scores = scores_from(args->scores);
     call.stream = args->stream;
     call.workspace = args->workspace;
     call.workspace_bytes = args->workspace_bytes;
@@ -163,6 +174,12 @@ anymask_status anymask_attention_backward(const anymask_backward_args* args) {
     call.plan = args->plan;
     call.plan_bytes = args->plan_bytes;
     call.scale = scale_from(args->scale);
+    call.scores = scores_from(args->scores);
+    if (args->score_gradients != nullptr) {
+      call.dkey_bias = tensor_from(args->score_gradients->dkey_bias);
+      call.dbias = tensor_from(args->score_gradients->dbias);
+      call.dsink = tensor_from(args->score_gradients->dsink);
+    }
     call.deterministic = args->deterministic != 0;
     call.stream = args->stream;
     call.workspace = args->workspace;

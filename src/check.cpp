@@ -76,12 +76,50 @@ void check_like(const char* name, const Tensor& tensor, std::initializer_list<in
   if (role == Role::output) check_output_overlap(name, tensor);
 }
 
+bool one_or(int64_t size, int64_t whole) { return size == 1 || size == whole; }
+
+DType sum_type(const Problem& p) { return p.dtype == DType::f64 ? DType::f64 : DType::f32; }
+
+// Type, device and memory of an option that is added to scores.
+void check_option(const char* name, const Tensor& tensor, const Problem& p) {
+  if (tensor.dtype != p.dtype && tensor.dtype != sum_type(p)) {
+    fail_dtype(name, tensor.dtype,
+               std::string("the type of q, ") + name_of(p.dtype) +
+                   (p.dtype == sum_type(p) ? "" : ", or float32"));
+  }
+  check_device(name, tensor, p.device);
+  check_memory(name, tensor);
+}
+
+// The gradient of an option: its shape and type.
+void check_option_gradient(const char* name, const Tensor& gradient, const Tensor& option) {
+  if (!gradient.given()) return;
+  const char* option_name = name + 1;  // without the d
+  if (!option.given()) {
+    throw InvalidValue(std::string(name) + " is wanted, but there is no " + option_name);
+  }
+  const bool same = gradient.ndim == option.ndim &&
+                    std::equal(option.shape, option.shape + option.ndim, gradient.shape);
+  if (!same) {
+    fail_shape(name, gradient,
+               std::string("the shape of ") + option_name + " = " + shape_text(option));
+  }
+  if (gradient.dtype != option.dtype) {
+    fail_dtype(name, gradient.dtype,
+               std::string("the type of ") + option_name + ", " + name_of(option.dtype));
+  }
+  check_device(name, gradient, option.device);
+  check_memory(name, gradient);
+  check_output_overlap(name, gradient);
+  check_rows(name, gradient);
+}
+
 void check_out_and_lse(const Tensor& out, const Tensor& lse, const Problem& p, Role role) {
   check_like("out", out, {p.batch, p.q_len, p.q_heads, p.v_head_dim},
              "[batch, q_len, q_heads, v_head_dim]", p.dtype, p.device, role);
   check_rows("out", out);
-  check_like("lse", lse, {p.batch, p.q_heads, p.q_len}, "[batch, q_heads, q_len]",
-             p.dtype == DType::f64 ? DType::f64 : DType::f32, p.device, role);
+  check_like("lse", lse, {p.batch, p.q_heads, p.q_len}, "[batch, q_heads, q_len]", sum_type(p),
+             p.device, role);
   check_rows("lse", lse);
 }
 
@@ -145,11 +183,56 @@ Problem check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   return problem;
 }
 
+void check_scores(const ScoreOptions& scores, const Problem& p) {
+  if (!(scores.softcap >= 0) || !std::isfinite(scores.softcap)) {
+    throw InvalidValue("softcap is " + std::to_string(scores.softcap) +
+                       "; it must be finite and 0 (none) or more");
+  }
+  if (!(scores.dropout_p >= 0 && scores.dropout_p < 1)) {
+    throw InvalidValue("dropout_p is " + std::to_string(scores.dropout_p) +
+                       "; it must be at least 0 and less than 1");
+  }
+  if (scores.dropout_p > 0) {
+    check_like("seed_offset", scores.seed_offset, {2}, "[seed, offset]", DType::i64, p.device,
+               Role::input);
+    check_rows("seed_offset", scores.seed_offset);
+  }
+  if (scores.sink.given()) {
+    check_option("sink", scores.sink, p);
+    if (!has_shape(scores.sink, {p.q_heads})) {
+      fail_shape("sink", scores.sink, "[q_heads] = " + shape_text({p.q_heads}));
+    }
+  }
+  if (const Tensor& t = scores.key_bias; t.given()) {
+    check_option("key_bias", t, p);
+    if (t.ndim != 3 || !one_or(t.shape[0], p.batch) || t.shape[1] < 1 ||
+        p.q_heads % t.shape[1] != 0 || t.shape[2] != p.kv_len) {
+      fail_shape("key_bias", t,
+                 "[batch or 1, heads, kv_len] = [" + std::to_string(p.batch) +
+                     " or 1, a divisor of " + std::to_string(p.q_heads) + ", " +
+                     std::to_string(p.kv_len) + "]");
+    }
+  }
+  if (const Tensor& t = scores.bias; t.given()) {
+    check_option("bias", t, p);
+    if (t.ndim != 4 || !one_or(t.shape[0], p.batch) || !one_or(t.shape[1], p.q_heads) ||
+        !one_or(t.shape[2], p.q_len) || t.shape[3] != p.kv_len) {
+      fail_shape("bias", t,
+                 "[batch or 1, q_heads or 1, q_len or 1, kv_len] = [" + std::to_string(p.batch) +
+                     " or 1, " + std::to_string(p.q_heads) + " or 1, " + std::to_string(p.q_len) +
+                     " or 1, " + std::to_string(p.kv_len) + "]");
+    }
+    if (t.shape[3] > 1 && t.stride[3] != 0) check_rows("bias", t);
+  }
+}
+
 void check_forward(const ForwardArgs& args, const Problem& problem) {
+  check_scores(args.scores, problem);
   check_out_and_lse(args.out, args.lse, problem, Role::output);
 }
 
 void check_backward(const BackwardArgs& args, const Problem& p) {
+  check_scores(args.scores, p);
   check_out_and_lse(args.out, args.lse, p, Role::input);
   check_like("dout", args.dout, {p.batch, p.q_len, p.q_heads, p.v_head_dim}, "the shape of out",
              p.dtype, p.device, Role::input);
@@ -168,6 +251,9 @@ void check_backward(const BackwardArgs& args, const Problem& p) {
   gradient("dq", args.dq, p.q_len, p.q_heads, p.head_dim, "the shape of q");
   gradient("dk", args.dk, p.kv_len, p.kv_heads, p.head_dim, "the shape of k");
   gradient("dv", args.dv, p.kv_len, p.kv_heads, p.v_head_dim, "the shape of v");
+  check_option_gradient("dkey_bias", args.dkey_bias, args.scores.key_bias);
+  check_option_gradient("dbias", args.dbias, args.scores.bias);
+  check_option_gradient("dsink", args.dsink, args.scores.sink);
 }
 
 double check_scale(const std::optional<double>& scale, const Problem& problem) {

@@ -8,6 +8,9 @@ namespace anymask {
 // q, k and v agree with each other and with the contract; returns the problem that they state.
 Problem check_inputs(const Tensor& q, const Tensor& k, const Tensor& v);
 
+// Every option by itself, and what goes together.
+void check_scores(const ScoreOptions& scores, const Problem& problem);
+
 void check_forward(const ForwardArgs& args, const Problem& problem);
 void check_backward(const BackwardArgs& args, const Problem& problem);
 

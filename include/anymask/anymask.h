@@ -96,10 +96,23 @@ typedef struct {
   int32_t reserved;
 } anymask_problem;
 
+/* anymask::ScoreOptions */
+typedef struct {
+  anymask_tensor key_bias, bias, sink, seed_offset;
+  double softcap;
+  double dropout_p;
+} anymask_score_options;
+
+/* Outputs of the backward pass; "none": not wanted. */
+typedef struct {
+  anymask_tensor dkey_bias, dbias, dsink;
+} anymask_score_gradients;
+
 typedef struct {
   anymask_tensor q, k, v, out, lse;
   anymask_mask mask;
-  const void* plan; /* NULL on the CPU: the call makes one */
+  const anymask_score_options* scores; /* NULL: none */
+  const void* plan;                    /* NULL on the CPU: the call makes one */
   int64_t plan_bytes;
   double scale; /* NaN: 1 / sqrt(head_dim) */
   void* stream;
@@ -110,6 +123,8 @@ typedef struct {
 typedef struct {
   anymask_tensor q, k, v, out, lse, dout, dlse, dq, dk, dv; /* dlse may be none */
   anymask_mask mask;
+  const anymask_score_options* scores;
+  const anymask_score_gradients* score_gradients; /* NULL: none are wanted */
   const void* plan;
   int64_t plan_bytes;
   double scale;

@@ -9,6 +9,27 @@
 
 namespace anymask {
 
+// What happens to the scores between q k^T and the product with v; "none" and 0 change nothing. In
+// this order, for query head h, row i and key j:
+//
+//   x     = scale * q.k, then softcap * tanh(x / softcap) where softcap > 0
+//   logit = x + bias[b, h, i, j] + key_bias[b, h, j]
+//   P     = softmax over the keys that the mask allows and one more logit, sink[h], without a value
+//   out   = sum of P * (0 where the pair is dropped, else 1 / (1 - dropout_p)) * v
+//
+// lse counts the sink, and what is dropped. -inf in a bias hides a pair. Types: q's, or f32 (f64
+// where q is). Any strides; a stride of 0 broadcasts, as does a size of 1 where "or 1" says so.
+struct ScoreOptions {
+  Tensor key_bias;     // [B or 1, H, Sk], H a divisor of Hq
+  Tensor bias;         // [B or 1, Hq or 1, Sq or 1, Sk]; stride 1 or 0 in the last dimension
+  Tensor sink;         // [Hq], finite or -inf
+  Tensor seed_offset;  // i64 [2] on q's device, contiguous; needed where dropout_p > 0
+  double softcap = 0;
+  // Rounded to a multiple of 1 / 65536. Which pairs are dropped is a function of seed, offset,
+  // batch entry, query head, row and key alone (src/rules/philox.h).
+  double dropout_p = 0;
+};
+
 struct ForwardArgs {
   // Inputs: q [B, Sq, Hq, D], k [B, Sk, Hk, D], v [B, Sk, Hk, Dv]; f32, f16, bf16 (CPU: also f64),
   // any strides with a contiguous last dimension. Hq must be a multiple of Hk.
@@ -20,8 +41,9 @@ struct ForwardArgs {
   const void* plan = nullptr;
   int64_t plan_bytes = 0;
   std::optional<double> scale;  // default 1 / sqrt(D)
-  void* stream = nullptr;       // CUstream of a CUDA call
-  void* workspace = nullptr;    // CUDA: forward_workspace_bytes of scratch memory
+  ScoreOptions scores;
+  void* stream = nullptr;     // CUstream of a CUDA call
+  void* workspace = nullptr;  // CUDA: forward_workspace_bytes of scratch memory
   int64_t workspace_bytes = 0;
 };
 
@@ -30,17 +52,21 @@ struct BackwardArgs {
   Tensor dout;               // gradient of out, same shape and type
   Tensor dlse;               // optional gradient of lse, same shape and type
   Tensor dq, dk, dv;         // outputs, shapes and types of q, k, v
+  // Outputs, shapes and types of the options; "none" where not wanted.
+  Tensor dkey_bias, dbias, dsink;
   Mask mask;
   const void* plan = nullptr;
   int64_t plan_bytes = 0;
   std::optional<double> scale;
+  ScoreOptions scores;         // as in the forward pass
   bool deterministic = false;  // CPU: always
   void* stream = nullptr;
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
 };
 
-// A query that may see nothing gets out = 0, lse = -inf and zero gradients.
+// A query that may see nothing, or only logits of -inf, gets out = 0, lse = -inf (with a sink: the
+// sink) and zero gradients.
 void attention_forward(const ForwardArgs& args);
 void attention_backward(const BackwardArgs& args);
 

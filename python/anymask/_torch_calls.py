@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from anymask import _tensors
+from anymask import _scores, _tensors
 from anymask._library import check, library
+from anymask._scores import NO_SCORES, ScoreOptions
 from anymask._tensors import pack_torch
 from anymask.attention import FORWARD_TAIL, NAN
 from anymask.plans import ALIGNMENT, aligned_bytes
@@ -152,12 +153,14 @@ def forward(
     plan: Tensor | None,
     scale: float | None,
     deterministic: bool,
+    *scores: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The operator anymask::forward."""
+    """The operator anymask::forward; `scores`: the first of ScoreOptions' values, or all."""
     out, lse = forward_outputs(q, k, v)
     q, k, v = _loadable(q), _loadable(k), _loadable(v)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, None)
+    options, _options = _pack_options(scores)
     args = b"".join(
         (
             pack_torch(q, "q"),
@@ -166,11 +169,22 @@ def forward(
             pack_torch(out, "out"),
             pack_torch(lse, "lse"),
             mask,
+            options,
             FORWARD_TAIL.pack(*tail),
         )
     )
     check(library().anymask_attention_forward(args))
     return out, lse
+
+
+def _pack_options(scores: tuple[Any, ...]) -> tuple[bytes, Any]:
+    if not scores:
+        return NO_SCORES, None
+    options = ScoreOptions(*scores)
+    if options.bias is not None and options.bias.stride(-1) not in (0, 1):
+        options = options._replace(bias=options.bias.contiguous())
+    pointer, buffer = _scores.pack_options(options, pack_torch)
+    return pointer, (buffer, options)
 
 
 def forward_outputs(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,13 +211,18 @@ def backward(
     plan: Tensor | None,
     scale: float | None,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The operator anymask::backward."""
-    gradients = empty_gradients(q, k, v)
+    wanted: Sequence[bool] = (),
+    *scores: Any,
+) -> list[Tensor]:
+    """The operator anymask::backward: dq, dk, dv and the gradients of those of key_bias, bias and
+    sink that are wanted."""
+    gradients = empty_gradients(q, k, v, wanted, scores)
     dout = torch.zeros_like(out) if dout is None else _loadable(_rows_contiguous(dout))
     q, k, v, out = _loadable(q), _loadable(k), _loadable(v), _loadable(out)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
     tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
+    options, _options = _pack_options(scores)
+    score_gradients, _gradients = _pack_gradients(gradients, wanted)
     dlse_view = _tensors.NO_TENSOR
     if dlse is not None:
         dlse = dlse.contiguous()
@@ -221,6 +240,8 @@ def backward(
             pack_torch(gradients[1], "dk"),
             pack_torch(gradients[2], "dv"),
             mask,
+            options,
+            score_gradients,
             _BACKWARD_TAIL.pack(*tail, deterministic, 0),
         )
     )
@@ -228,10 +249,23 @@ def backward(
     return gradients
 
 
-def empty_gradients(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Memory for dq, dk and dv."""
+def empty_gradients(
+    q: Tensor, k: Tensor, v: Tensor, wanted: Sequence[bool] = (), scores: tuple[Any, ...] = ()
+) -> list[Tensor]:
+    """Memory for dq, dk, dv and the gradients of the score options that are wanted."""
     # empty_like keeps the layout of dense tensors, so that a transposed leaf gets its own back.
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    gradients = [torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)]
+    gradients += [x.new_empty(x.shape) for x, needed in zip(scores, wanted) if needed]
+    return gradients
+
+
+def _pack_gradients(gradients: list[Tensor], wanted: Sequence[bool]) -> tuple[bytes, Any]:
+    if not any(wanted):
+        return NO_SCORES, None
+    of_options = iter(gradients[3:])
+    return _scores.pack_gradients(
+        [next(of_options) if needed else None for needed in wanted], pack_torch
+    )
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:

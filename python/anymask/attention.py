@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from anymask import _tensors
+from anymask import _scores, _tensors
 from anymask._library import check, library
+from anymask._scores import NO_SCORES
 from anymask.masks import Mask
 from anymask.plans import Plan, Problem, pointer_to
 
@@ -31,7 +32,7 @@ def attention(
     return_lse: bool = False,
     deterministic: bool = False,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: Any = None,
     key_bias: Any = None,
     bias: Any = None,
     softcap: float = 0.0,
@@ -52,16 +53,27 @@ def attention(
         layout: "bshd", or "bhsd" for q, k, v and the result as [batch, heads, length, head_dim].
         return_lse: also return the logarithm of each query's sum of exponentials.
         deterministic: bitwise reproducible gradients (on the CPU they always are).
-        dropout_p, seed, key_bias, bias, softcap, sink: not available yet.
+        dropout_p: the probability, to a multiple of 1 / 65536, that a weight becomes 0; the others
+            are divided by 1 - dropout_p.
+        seed: what decides which: an integer, or int64 [2] (seed, offset) on q's device, which needs
+            no synchronisation; the same seed drops the same pairs on every device. None: drawn from
+            torch's generator of that device, or NumPy's.
+        key_bias: [batch or 1, heads, kv_len], heads a divisor of q_heads: added to the scores of a
+            key. -inf hides it. Biases and sink have q's type or float32 (float64 where q is), and
+            gradients.
+        bias: [batch or 1, q_heads or 1, q_len or 1, kv_len], added to the scores of a pair.
+        softcap: where positive, scores x are first capped to ``softcap * tanh(x / softcap)``.
+        sink: [q_heads], the logit of one more key that every query sees and that has no value.
 
     Returns:
         out [batch, q_len, q_heads, v_head_dim] in `layout`, of q's type; with `return_lse`
-        (out, lse), lse [batch, q_heads, q_len] float32 (float64 for float64), natural logarithm.
-        A query that may see nothing has out 0, lse -inf and zero gradients.
+        (out, lse), lse [batch, q_heads, q_len] float32 (float64 for float64), natural logarithm, of
+        all weights, the sink's and dropped ones too. A query that may see nothing has out 0, lse
+        -inf (or the sink) and zero gradients.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
-        NotImplementedError: for what is not available yet.
+        NotImplementedError: for what is not available on q's device yet.
 
     >>> q = k = v = np.ones((1, 4, 2, 8), np.float32)
     >>> am.attention(q, k, v, am.causal()).shape
@@ -70,13 +82,6 @@ def attention(
     Source: FlashAttention (arXiv 2205.14135, 2307.08691); column-wise masks: FlashMask (arXiv
     2410.01359).
     """
-    if (
-        dropout_p != 0.0
-        or softcap != 0.0
-        or not (seed is None and key_bias is None and bias is None and sink is None)
-    ):
-        _refuse(dropout_p=dropout_p, seed=seed, key_bias=key_bias, bias=bias, softcap=softcap,
-                sink=sink)  # fmt: skip
     if plan is not None:
         if not isinstance(plan, Plan):
             raise TypeError(f"plan: got {type(plan).__name__}, an anymask.Plan is needed")
@@ -95,12 +100,20 @@ def attention(
     elif layout != "bshd":
         raise ValueError(f"layout: got {layout!r}, 'bshd' or 'bhsd' is needed")
 
+    options = ()
+    if (
+        dropout_p != 0.0
+        or softcap != 0.0
+        or not (seed is None and key_bias is None and bias is None and sink is None)
+    ):
+        options = (dropout_p, seed, key_bias, bias, softcap, sink)
     if isinstance(q, np.ndarray):
-        out, lse = _numpy_attention(q, k, v, mask, plan, scale)
+        scores = _scores.numpy_options(*options) if options else None
+        out, lse = _numpy_attention(q, k, v, mask, plan, scale, scores)
     else:
         from anymask import torch_op
 
-        out, lse = torch_op.attention(q, k, v, mask, plan, scale, deterministic)
+        out, lse = torch_op.attention(q, k, v, mask, plan, scale, deterministic, options)
     if layout == "bhsd":
         out = out.swapaxes(1, 2)
     return (out, lse) if return_lse else out
@@ -112,14 +125,14 @@ def _swapped(tensor: Any, name: str) -> Any:
     return tensor.swapaxes(1, 2) if hasattr(tensor, "swapaxes") else tensor
 
 
-def _refuse(**later: Any) -> None:
-    for name, value in later.items():
-        if value is not None and not (isinstance(value, float) and value == 0.0):
-            raise NotImplementedError(f"{name}: not available yet")
-
-
 def _numpy_attention(
-    q: np.ndarray, k: Any, v: Any, mask: Mask, plan: Plan | None, scale: float | None
+    q: np.ndarray,
+    k: Any,
+    v: Any,
+    mask: Mask,
+    plan: Plan | None,
+    scale: float | None,
+    scores: _scores.ScoreOptions | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     for name, array in (("q", q), ("k", k), ("v", v)):
         if not isinstance(array, np.ndarray):
@@ -140,6 +153,9 @@ def _numpy_attention(
     packed, _nodes = _tensors.pack_mask(mask.spec, mask.arrays)
     views = (("q", q), ("k", k), ("v", v), ("out", out), ("lse", lse))
     args = b"".join([_tensors.pack_numpy(array, name) for name, array in views])
+    score_pointer, _options = NO_SCORES, None
+    if scores is not None:
+        score_pointer, _options = _scores.pack_options(scores, _tensors.pack_numpy)
     tail = FORWARD_TAIL.pack(plan_pointer, plan_bytes, NAN if scale is None else scale, 0, 0, 0)
-    check(library().anymask_attention_forward(args + packed + tail))
+    check(library().anymask_attention_forward(args + packed + score_pointer + tail))
     return out, lse

@@ -6,6 +6,7 @@ tensors and checkpointing treat it like any other argument.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 
-from anymask import _tensors
+from anymask import _scores, _tensors
 from anymask import _torch_calls as calls
 from anymask.masks import Mask
 from anymask.plans import Plan, Problem
@@ -34,13 +35,16 @@ _lib.define(
 )
 _lib.define(
     "forward(Tensor q, Tensor k, Tensor v, Tensor[] mask_arrays, SymInt[] mask_spec, Tensor? plan, "
-    "float? scale, bool deterministic) -> (Tensor, Tensor)",
+    "float? scale, bool deterministic, Tensor? key_bias=None, Tensor? bias=None, "
+    "Tensor? sink=None, Tensor? seed_offset=None, float dropout_p=0.0, float softcap=0.0) "
+    "-> (Tensor, Tensor)",
     tags=_tags,
 )
 _lib.define(
     "backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    "Tensor[] mask_arrays, SymInt[] mask_spec, Tensor? plan, float? scale, bool deterministic) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor[] mask_arrays, SymInt[] mask_spec, Tensor? plan, float? scale, bool deterministic, "
+    "bool[] wanted=[], Tensor? key_bias=None, Tensor? bias=None, Tensor? sink=None, "
+    "Tensor? seed_offset=None, float dropout_p=0.0, float softcap=0.0) -> Tensor[]",
     tags=_tags,
 )
 
@@ -71,13 +75,14 @@ def _plan_fake(mask_arrays, mask_spec, sizes, dtype, device):  # type: ignore[no
 
 
 @torch.library.register_fake("anymask::forward", lib=_lib)
-def _forward_fake(q, k, v, mask_arrays, mask_spec, plan, scale, deterministic):  # type: ignore
+def _forward_fake(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return calls.forward_outputs(q, k, v)
 
 
 @torch.library.register_fake("anymask::backward", lib=_lib)
 def _backward_fake(dout, dlse, q, k, v, *rest):  # type: ignore[no-untyped-def]
-    return calls.empty_gradients(q, k, v)
+    wanted = rest[7] if len(rest) > 7 else ()
+    return calls.empty_gradients(q, k, v, wanted, rest[8:])
 
 
 @torch.library.register_fake("anymask::top_keys", lib=_lib)
@@ -88,7 +93,10 @@ def _top_keys_fake(scores, keep, q_len):  # type: ignore[no-untyped-def]
 # ---- autograd -----------------------------------------------------------------------------------
 
 
-def _alone(q: Tensor, k: Tensor, v: Tensor) -> bool:
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _alone(q: Tensor, k: Tensor, v: Tensor, options: Sequence[Any] = ()) -> bool:
     """Nobody but autograd watches this call: no tracing mode, torch.func transform or subclass.
     Then the kernels below call the library at once, which saves half of a small call's time."""
     return (
@@ -96,7 +104,13 @@ def _alone(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and q.device.type != "meta"
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._are_functorch_transforms_active()
+        and (not options or all(type(option) in _PLAIN for option in options))
     )
+
+
+# Arguments of anymask::forward before the score options, of which the first have gradients.
+_BEFORE_OPTIONS = 8
+_DIFFERENTIABLE = slice(_BEFORE_OPTIONS, _BEFORE_OPTIONS + 3)
 
 
 class _Attention(torch.autograd.Function):
@@ -104,36 +118,42 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(q, k, v, *rest):  # type: ignore[no-untyped-def]
-        if _alone(q, k, v):
+        if _alone(q, k, v, rest[5:9]):
             return calls.forward(q, k, v, *rest)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.anymask.forward(q, k, v, *rest)
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-        q, k, v, mask_arrays, mask_spec, plan, scale, deterministic = inputs
+        q, k, v, mask_arrays, mask_spec, plan, scale, deterministic, *options = inputs
         out, lse = output
-        ctx.save_for_backward(q, k, v, out, lse, plan, *mask_arrays)
+        ctx.tensors = len(options[:4])
+        ctx.save_for_backward(q, k, v, out, lse, plan, *options[:4], *mask_arrays)
         ctx.mask_spec = mask_spec
         ctx.scale = scale
         ctx.deterministic = deterministic
+        ctx.numbers = options[4:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):  # type: ignore[no-untyped-def]
-        q, k, v, out, lse, plan, *mask_arrays = ctx.saved_tensors
+        q, k, v, out, lse, plan, *arrays = ctx.saved_tensors
         if dout is None and dlse is None:
-            return (None,) * 8
+            return (None,) * len(ctx.needs_input_grad)
         gradients = torch.ops.anymask.backward
-        if not torch.is_grad_enabled() and _alone(q, k, v):
+        options, mask_arrays = arrays[: ctx.tensors], arrays[ctx.tensors :]
+        if not torch.is_grad_enabled() and _alone(q, k, v, options):
             gradients = calls.backward
-        return (
-            *gradients(
-                dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
-                ctx.deterministic,
-            ),
-            None, None, None, None, None,
+        wanted = ctx.needs_input_grad[_DIFFERENTIABLE]
+        dq, dk, dv, *others = gradients(
+            dout, dlse, q, k, v, out, lse, mask_arrays, ctx.mask_spec, plan, ctx.scale,
+            ctx.deterministic, wanted, *options, *ctx.numbers,
         )  # fmt: skip
+        result = [dq, dk, dv, *(None,) * (len(ctx.needs_input_grad) - 3)]
+        for i, needed in enumerate(wanted, _BEFORE_OPTIONS):
+            if needed:
+                result[i] = others.pop(0)
+        return tuple(result)
 
 
 class _Gradient(torch.autograd.Function):
@@ -142,7 +162,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(*inputs):  # type: ignore[no-untyped-def]
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.anymask.backward(*inputs)
+            return tuple(torch.ops.anymask.backward(*inputs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
@@ -187,8 +207,9 @@ def _slices(function, info, in_dims, inputs):  # type: ignore[no-untyped-def]
         function(*(slice_of(value, dim, i) for value, dim in zip(inputs, in_dims)))
         for i in range(info.batch_size)
     ]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results))
-    return stacked, (0,) * len(stacked)
+    several = type(results[0])  # a tuple, or a list where the operator has one
+    stacked = several(torch.stack(parts) for parts in zip(*results))
+    return stacked, several([0] * len(stacked))
 
 
 @torch.library.register_vmap("anymask::forward", lib=_lib)
@@ -251,6 +272,42 @@ def _autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def _score_options(
+    device: torch.device,
+    dropout_p: Any,
+    seed: Any,
+    key_bias: Any,
+    bias: Any,
+    softcap: Any,
+    sink: Any,
+) -> _scores.ScoreOptions:
+    """attention's arguments as the operators'."""
+    for name, tensor in (("key_bias", key_bias), ("bias", bias), ("sink", sink)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, but q is a torch tensor")
+    dropout_p = _scores.number(dropout_p, "dropout_p")
+    softcap = _scores.number(softcap, "softcap")
+    seed_offset = None if seed is None else _seed_offset(seed, device)
+    if dropout_p == 0.0:
+        seed_offset = None
+    elif seed_offset is None:
+        seed_offset = torch.randint(2**63 - 1, (2,), device=device)
+    return _scores.ScoreOptions(key_bias, bias, sink, seed_offset, dropout_p, softcap)
+
+
+def _seed_offset(seed: Any, device: torch.device) -> Tensor:
+    integer = _scores.checked_seed(seed)
+    if integer is not None:
+        # Filled rather than copied from the host, which would wait for the device.
+        pair = torch.zeros(2, dtype=torch.int64, device=device)
+        pair[:1].fill_(integer)
+        return pair
+    pair = _tensor(seed) if isinstance(seed, np.ndarray) else seed
+    if pair.device != device:
+        raise TypeError(f"seed: is on {pair.device}; q is on {device}")
+    return pair.contiguous()
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -259,8 +316,9 @@ def attention(
     plan: Plan | None,
     scale: float | None,
     deterministic: bool,
+    options: tuple[Any, ...] = (),
 ) -> tuple[Tensor, Tensor]:
-    """attention.attention for torch tensors."""
+    """attention.attention for torch tensors; `options`: the arguments of _score_options, if any."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor):
             raise TypeError(
@@ -271,6 +329,7 @@ def attention(
     q, k, v = _autocast(q, k, v)
     if q.dtype not in _NAMES:
         raise TypeError(f"q: got {q.dtype}, one of {', '.join(_NAMES.values())} is needed")
+    scores = _score_options(q.device, *options) if options else ()
     arrays = _arrays(mask)
     batch, q_len, q_heads, head_dim = q.shape
     sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
@@ -278,9 +337,16 @@ def attention(
         plan.check(Problem(*sizes, _NAMES[q.dtype], _device_name(q.device)))
         buffer = plan.buffer
         buffer = torch.from_numpy(buffer) if isinstance(buffer, np.ndarray) else buffer
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    elif torch.is_grad_enabled() and (
+        q.requires_grad
+        or k.requires_grad
+        or v.requires_grad
+        or any(option is not None and option.requires_grad for option in scores[:3])
+    ):
         # Made here rather than inside forward, so that autograd saves it for backward.
         buffer = torch.ops.anymask.plan(arrays, mask.spec, sizes, q.dtype, q.device)
     else:
         buffer = None
-    return torch.ops.anymask.forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)
+    return torch.ops.anymask.forward(
+        q, k, v, arrays, mask.spec, buffer, scale, deterministic, *scores
+    )

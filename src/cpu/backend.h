@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "anymask/types.hpp"
+#include "anymask/attention.hpp"
 #include "plan/layout.h"
 #include "rules/program.h"
 
@@ -18,6 +18,7 @@ struct ForwardCall {
   const rules::Program* program;  // dense leaves packed
   plan::TileMap rows;             // row map in the forward tile shape
   double scale;
+  ScoreOptions scores;
 };
 
 struct BackwardCall {
@@ -26,6 +27,8 @@ struct BackwardCall {
   plan::TileMap rows;     // row map in the backward tile shape
   plan::TileMap columns;  // column map in the backward tile shape
   double scale;
+  ScoreOptions scores;
+  Tensor dkey_bias, dbias, dsink;  // each may be "none"
 };
 
 // Both write every element of their outputs.

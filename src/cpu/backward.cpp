@@ -13,6 +13,8 @@
 
 #include "cpu/backend.h"
 #include "cpu/keys.h"
+#include "cpu/score_gradients.h"
+#include "cpu/scores.h"
 #include "cpu/threads.h"
 #include "cpu/view.h"
 #include "cpu/words.h"
@@ -48,7 +50,7 @@ class Backward {
 
  private:
   void start_rows(int64_t task);
-  void key_tile(int64_t task, int thread);
+  void key_tile(int64_t first_head, int64_t heads, int64_t task, int thread);
   void add_dq(const BackwardJob& job, int64_t b, int64_t h, int64_t row_tile, int rows,
               int64_t key_tile);
 
@@ -70,6 +72,8 @@ class Backward {
 
   const BackwardCall& call_;
   const BackwardKernel& kernel_;
+  const TileScores scores_;
+  ScoreGradients score_gradients_;
   const int64_t batch_, q_len_, q_heads_, kv_len_, kv_heads_, group_, head_dim_, v_head_dim_;
   const int64_t tile_rows_, tile_keys_, row_tiles_, key_tiles_;
   const int64_t sum_size_;  // bytes of a sum's element
@@ -85,6 +89,8 @@ class Backward {
 Backward::Backward(const BackwardCall& call)
     : call_(call),
       kernel_(kernels().backward[static_cast<int>(element_of(call.q.dtype))]),
+      scores_(call.scores, call.q, call.rows.shape),
+      score_gradients_(call),
       batch_(call.q.shape[0]),
       q_len_(call.q.shape[1]),
       q_heads_(call.q.shape[2]),
@@ -106,9 +112,10 @@ Backward::Backward(const BackwardCall& call)
                                     static_cast<int>(head_dim_), static_cast<int>(v_head_dim_)));
   k_bytes_ = page_up(gathered_bytes(call.k, tile_keys_));
   v_bytes_ = page_up(gathered_bytes(call.v, tile_keys_));
-  thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_;
+  thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_ + scores_.bytes() +
+                  score_gradients_.bytes();
   scratch_ = allocate(thread_bytes_ * static_cast<size_t>(team_));
-  wave_ = std::clamp<int64_t>(batch_ * kv_heads_, 1, kWaveHeads);
+  wave_ = std::min(score_gradients_.heads_a_round(), kWaveHeads);
   if (own_sums_) {
     const int64_t slot = std::max<int64_t>(1, group_ * q_len_ * head_dim_ * 4);
     const int64_t heads = std::max<int64_t>(1, batch_ * kv_heads_);
@@ -119,10 +126,14 @@ Backward::Backward(const BackwardCall& call)
 }
 
 void Backward::run() {
+  score_gradients_.begin();
   parallel_for(batch_ * q_heads_ * row_tiles_, [&](int64_t task, int) { start_rows(task); });
-  parallel_for(
-      batch_ * kv_heads_ * key_tiles_, [&](int64_t task, int thread) { key_tile(task, thread); },
-      team_);
+  const int64_t heads = score_gradients_.heads_a_round();  // all of them, mostly
+  for (int64_t first = 0; first < batch_ * kv_heads_; first += heads) {
+    const auto task = [&](int64_t index, int thread) { key_tile(first, heads, index, thread); };
+    parallel_for(heads * key_tiles_, task, team_);
+  }
+  score_gradients_.end();
 }
 
 // delta of a row tile, and dq = 0 where it sees no key tile.
@@ -133,6 +144,10 @@ void Backward::start_rows(int64_t task) {
   kernel_.delta(rows_in(call_.dout, b, row, h), rows_in(call_.out, b, row, h),
                 call_.dlse.given() ? element_at(call_.dlse, b, h, row) : nullptr, rows,
                 static_cast<int>(v_head_dim_), delta_at(b, h, row));
+  if (const double* sink = scores_.sinks(h); sink != nullptr) {
+    score_gradients_.add_rows(b, h, row_tile, rows, *sink, element_at(call_.lse, b, h, row),
+                              delta_at(b, h, row));
+  }
   const bool blind =
       kv_len_ == 0 || call_.rows.count[place_at(b, h) * call_.rows.outer_tiles + row_tile] == 0;
   if (!blind) return;
@@ -140,18 +155,19 @@ void Backward::start_rows(int64_t task) {
   for (int r = 0; r < rows; ++r) std::fill_n(row_at(call_.dq, b, row + r, h), bytes, char{0});
 }
 
-void Backward::key_tile(int64_t task, int thread) {
+void Backward::key_tile(int64_t first_head, int64_t heads, int64_t task, int thread) {
   // Key tile by key tile through the heads of a wave.
   const int64_t first = task / (wave_ * key_tiles_) * wave_;
-  const int64_t heads = std::min(wave_, batch_ * kv_heads_ - first);
-  const int64_t in_wave = task - first * key_tiles_;
-  const int64_t head = first + in_wave % heads, tile = in_wave / heads;
+  const int64_t in_wave = task - first * key_tiles_, wave = std::min(wave_, heads - first);
+  const int64_t head = first_head + first + in_wave % wave, tile = in_wave / wave;
   const int64_t b = head / kv_heads_, kv_head = head % kv_heads_, key = tile * tile_keys_;
   char* scratch = static_cast<char*>(scratch_.get()) + thread_bytes_ * static_cast<size_t>(thread);
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch + kernel_bytes_);
 
   char* gathered_k = scratch + kernel_bytes_ + kWordsBytes;
   char* gathered_v = gathered_k + k_bytes_;
+  char* score_memory = gathered_v + v_bytes_;
+  char* gradient_memory = score_memory + scores_.bytes();
 
   BackwardJob job{};
   job.keys = static_cast<int>(std::min(tile_keys_, kv_len_ - key));
@@ -165,6 +181,8 @@ void Backward::key_tile(int64_t task, int thread) {
   job.head_dim = static_cast<int>(head_dim_);
   job.v_head_dim = static_cast<int>(v_head_dim_);
   job.scale = call_.scale;
+  job.changes = scores_.changes(score_memory);
+  job.dlogits = score_gradients_.dlogits(gradient_memory);
   job.scratch = scratch;
   kernel_.begin(job);
   for (int64_t h = kv_head * group_; h < (kv_head + 1) * group_ && q_len_ > 0; ++h) {
@@ -190,7 +208,14 @@ void Backward::key_tile(int64_t task, int thread) {
                                words);
                     rows.words = {words, kWordsStride};
                   }
+                  if (scores_.any()) {
+                    rows.biases = scores_.biases(keys, h, row, rows.rows, false, score_memory);
+                    rows.kept = scores_.kept(keys, h, row, rows.rows, score_memory);
+                  }
                   kernel_.tile(job, rows);
+                  if (job.dlogits != nullptr) {
+                    score_gradients_.add_tile(keys, h, row, rows.rows, gradient_memory);
+                  }
                   add_dq(job, b, h, row_tile, rows.rows, tile);
                 });
   }

@@ -6,165 +6,10 @@
 // way. The unit that a mask skips is a group of 32 rows x a strip of keys.
 #pragma once
 
-#include "cpu/kernels.h"
-#include "cpu/packing.h"
+#include "cpu/backward_weights.h"
 #include "cpu/rows.h"
 
 namespace anymask::cpu::ANYMASK_ISA {
-
-template <class Math>
-struct BackwardScratch {
-  using T = typename Math::T;
-  using Item = typename Math::Item;
-  static constexpr int kPair = Math::kPair;
-
-  // Once per key tile.
-  Item* k_columns;  // K^T [strip][item][key]
-  Item* v_columns;  // V^T
-  Item* k_depth;    // K as dQ's right operand [key / pair][d]
-  T* dk;            // [key][d]
-  T* dv;
-  // Once per row tile.
-  Item* q;  // Q as S's left operand [row][item]
-  Item* dout;
-  Item* q_depth;  // Q as dK's right operand [row / pair][d]; without pairs the same as q
-  Item* dout_depth;
-  Item* p;        // [strip][row / pair][key]
-  Item* ds;       // the same
-  Item* ds_rows;  // dQ's left operand [strip][row][key / pair]; without pairs the same as ds
-  T* dq;          // [row][d]
-  T* shift;       // lse * log2(e), +inf for rows that see nothing
-  T* delta;
-  T* p_block;  // P of kBlock rows, not rounded
-
-  int strips, rows, q_items, v_items, q_stride, v_stride, dq_stride, dv_stride;
-  size_t bytes;
-
-  ANYMASK_INLINE BackwardScratch(void* scratch, int tile_rows, int tile_keys, int head_dim,
-                                 int v_head_dim)
-      : strips(round_up(tile_keys, kStrip<Math>) / kStrip<Math>),
-        rows(round_up(tile_rows, kGroupRows)),
-        q_items(head_dim / kPair),
-        v_items(v_head_dim / kPair),
-        q_stride(padded<Math>(q_items)),
-        v_stride(padded<Math>(v_items)),
-        dq_stride(padded<Math>(head_dim)),
-        dv_stride(padded<Math>(v_head_dim)) {
-    Arena arena{static_cast<char*>(scratch)};
-    const int64_t keys = static_cast<int64_t>(strips) * kStrip<Math>;
-    k_columns = arena.take<Item>(keys * q_items);
-    v_columns = arena.take<Item>(keys * v_items);
-    k_depth = arena.take<Item>(keys / kPair * dq_stride);
-    dk = arena.take<T>(keys * dq_stride);
-    dv = arena.take<T>(keys * dv_stride);
-    q = arena.take<Item>(static_cast<int64_t>(rows) * q_stride);
-    dout = arena.take<Item>(static_cast<int64_t>(rows) * v_stride);
-    q_depth = kPair == 1 ? q : arena.take<Item>(static_cast<int64_t>(rows) / kPair * dq_stride);
-    dout_depth =
-        kPair == 1 ? dout : arena.take<Item>(static_cast<int64_t>(rows) / kPair * dv_stride);
-    p = arena.take<Item>(rows / kPair * keys);
-    ds = arena.take<Item>(rows / kPair * keys);
-    ds_rows = kPair == 1 ? ds : arena.take<Item>(rows * keys / kPair);
-    dq = arena.take<T>(static_cast<int64_t>(rows) * dq_stride);
-    shift = arena.take<T>(rows);
-    delta = arena.take<T>(rows);
-    p_block = arena.take<T>(kBlock * kStrip<Math>);
-    bytes = static_cast<size_t>(arena.at - static_cast<char*>(scratch));
-  }
-};
-
-template <class Math>
-ANYMASK_INLINE BackwardScratch<Math> scratch_of(const BackwardJob& job) {
-  return BackwardScratch<Math>(job.scratch, job.tile_rows, job.tile_keys, job.head_dim,
-                               job.v_head_dim);
-}
-
-// P and dS of some rows x one strip of keys.
-template <class Math, bool kMasked>
-struct Probabilities {
-  using T = typename Math::T;
-  using Vec = typename Math::Vec;
-  using Item = typename Math::Item;
-  static constexpr int kLanes = kLanesOf<Math>;
-  const BackwardScratch<Math>& scratch;
-  int strip;
-  T factor, scale;
-  const uint32_t* words;  // of the group and strip
-  Ahead next_q, next_dout, dq;
-
-  template <int M>
-  ANYMASK_INLINE void put(const Block<Math, M, kVectors>& block, int row, Item* to,
-                          Item* to_rows) const {
-    const int64_t strip_at = static_cast<int64_t>(strip) * scratch.rows * kStrip<Math>;
-    if constexpr (Math::kPair == 1) {
-      store_block(block, to + strip_at + static_cast<int64_t>(row) * kStrip<Math>, kStrip<Math>);
-    } else {
-      static_assert(M % 2 == 0);
-      ANYMASK_UNROLL
-      for (int m = 0; m < M; m += 2) {
-        ANYMASK_UNROLL
-        for (int n = 0; n < kVectors; ++n) {
-          store(to + strip_at / 2 + static_cast<int64_t>((row + m) / 2) * kStrip<Math> + n * kLanes,
-                pairs_of(block.at[m][n], block.at[m + 1][n]));
-        }
-        if (to_rows != nullptr) {
-          static_assert(kVectors == 2);
-          ANYMASK_UNROLL
-          for (int r = m; r < m + 2; ++r) {
-            store(to_rows + strip_at / 2 + static_cast<int64_t>(row + r) * (kStrip<Math> / 2),
-                  bit_cast<VecU32>(_mm512_cvtne2ps_pbh(block.at[r][1], block.at[r][0])));
-          }
-        }
-      }
-    }
-  }
-
-  template <int M>
-  ANYMASK_INLINE void run(int row) const {
-    constexpr int64_t kItem = sizeof(Item);
-    next_q.fetch(row, M);
-    next_dout.fetch(row, M);
-    dq.fetch(row, M);
-    Block<Math, M, kVectors> acc;
-    clear(acc);
-    multiply(acc, scratch.q + static_cast<int64_t>(row) * scratch.q_stride,
-             scratch.q_stride * kItem, kItem,
-             scratch.k_columns + static_cast<int64_t>(strip) * kStrip<Math> * scratch.q_items,
-             kStrip<Math>, scratch.q_items);
-    const Vec by = splat<Vec>(factor);
-    ANYMASK_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const Vec shift = splat<Vec>(scratch.shift[row + m]);
-      ANYMASK_UNROLL
-      for (int n = 0; n < kVectors; ++n) {
-        Vec x = exp2_of(acc.at[m][n] * by - shift);
-        if constexpr (kMasked) {
-          x = select_words(words + n * kLanes, (row + m) % kGroupRows, x, Vec{});
-        }
-        acc.at[m][n] = x;
-      }
-    }
-    put(acc, row, scratch.p, nullptr);
-    store_block(acc, scratch.p_block, kStrip<Math>);
-
-    clear(acc);
-    multiply(acc, scratch.dout + static_cast<int64_t>(row) * scratch.v_stride,
-             scratch.v_stride * kItem, kItem,
-             scratch.v_columns + static_cast<int64_t>(strip) * kStrip<Math> * scratch.v_items,
-             kStrip<Math>, scratch.v_items);
-    const Vec scaled = splat<Vec>(scale);
-    ANYMASK_UNROLL
-    for (int m = 0; m < M; ++m) {
-      const Vec delta = splat<Vec>(scratch.delta[row + m]);
-      ANYMASK_UNROLL
-      for (int n = 0; n < kVectors; ++n) {
-        const Vec x = load<Vec>(scratch.p_block + m * kStrip<Math> + n * kLanes);
-        acc.at[m][n] = (acc.at[m][n] - delta) * (x * scaled);
-      }
-    }
-    put(acc, row, scratch.ds, scratch.ds_rows);
-  }
-};
 
 // Which units of a tile have work, and whether they need their bits.
 struct Units {
@@ -297,6 +142,35 @@ void backward_begin(const BackwardJob& job) {
   for (int64_t i = 0; i < static_cast<int64_t>(keys) * scratch.dv_stride; ++i) scratch.dv[i] = T{};
 }
 
+// Words of unit (g, s).
+template <class Math>
+ANYMASK_INLINE const uint32_t* unit_words(const Words& words, int g, int s) {
+  return words.data == nullptr ? nullptr : words.data + g * words.stride + s * kStrip<Math>;
+}
+
+// Calls unit(weights) with what the job makes of the scores of unit (g, s), unless nothing is
+// visible there.
+template <class Math, class Unit>
+inline void changed_unit(const BackwardJob& job, const RowTile& tile,
+                         const BackwardScratch<Math>& scratch, int g, int s, bool empty,
+                         const uint32_t* words, const Unit& unit) {
+  using T = typename Math::T;
+  const ScoreChanges& changes = job.changes;
+  T* biases = static_cast<T*>(changes.biases);
+  T* dlogits = static_cast<T*>(job.dlogits);
+  if (biases != nullptr) biases += s * kStrip<Math>;
+  if (dlogits != nullptr) dlogits += s * kStrip<Math>;
+  if (!empty) {
+    return unit(ChangedWeights<Math>{scratch, Capping<typename Math::Vec>(changes, job.scale),
+                                     static_cast<T>(job.scale), static_cast<T>(changes.keep_scale),
+                                     words, unit_words<Math>(tile.kept, g, s), biases, dlogits,
+                                     job.tile_keys});
+  }
+  for (int r = g * kGroupRows; dlogits != nullptr && r < (g + 1) * kGroupRows; ++r) {
+    for (int i = 0; i < kStrip<Math>; ++i) dlogits[r * job.tile_keys + i] = T{};
+  }
+}
+
 template <class Math, class In>
 void backward_tile(const BackwardJob& job, const RowTile& tile) {
   using T = typename Math::T;
@@ -327,6 +201,11 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
 
   const T factor = exponent_factor<T>(job.scale);
   const T scale = static_cast<T>(job.scale);
+  if (job.changes.biases != nullptr) {
+    pack_biases_by_row<Math, In>(tile.biases, tile.rows, rows, job.keys,
+                                 static_cast<T*>(job.changes.biases), job.tile_keys);
+  }
+
   for (int s = 0; s < units.strips; ++s) {
     const auto share = [&](const void* data, int64_t stride, int columns, int64_t size) {
       return Ahead::share(data, stride, columns, size, s, units.strips);
@@ -335,15 +214,18 @@ void backward_tile(const BackwardJob& job, const RowTile& tile) {
     const Ahead next_dout = share(tile.next_dout, tile.dout.stride, job.v_head_dim, sizeof(Raw));
     const Ahead dq = share(tile.dq.data, tile.dq.stride, job.head_dim, sizeof(T));
     for (int g = 0; g < units.groups; ++g) {
-      const int begin = g * kGroupRows;
-      if (units.state[g][s] == 1) {
-        for_blocks_in<kGroupRows>(
-            begin,
-            Probabilities<Math, false>{scratch, s, factor, scale, nullptr, next_q, next_dout, dq});
-      } else if (units.state[g][s] == 2) {
-        const uint32_t* words = tile.words.data + g * tile.words.stride + s * kStrip<Math>;
-        for_blocks_in<kGroupRows>(begin, Probabilities<Math, true>{scratch, s, factor, scale, words,
-                                                                   next_q, next_dout, dq});
+      const auto unit = [&]<class Weights>(const Weights& weights) {
+        for_blocks_in<kGroupRows>(g * kGroupRows, Probabilities<Math, Weights>{
+                                                      scratch, s, weights, next_q, next_dout, dq});
+      };
+      const int state = units.state[g][s];
+      const uint32_t* words = state == 2 ? unit_words<Math>(tile.words, g, s) : nullptr;
+      if (job.changes.any) {
+        changed_unit<Math>(job, tile, scratch, g, s, state == 0, words, unit);
+      } else if (state == 1) {
+        unit(PlainWeights<Math, false>{scratch, factor, scale, nullptr});
+      } else if (state == 2) {
+        unit(PlainWeights<Math, true>{scratch, factor, scale, words});
       }
     }
   }

@@ -3,6 +3,7 @@
 
 #include "cpu/backend.h"
 #include "cpu/keys.h"
+#include "cpu/scores.h"
 #include "cpu/threads.h"
 #include "cpu/view.h"
 #include "cpu/words.h"
@@ -25,6 +26,7 @@ class Forward {
 
   const ForwardCall& call_;
   const ForwardKernel& kernel_;
+  const TileScores scores_;
   const int64_t batch_, q_len_, q_heads_, kv_len_, group_, tiles_;
   // Decoding: the heads that share keys are the rows of one tile, where single rows would leave
   // most lanes empty and each head would read all keys again.
@@ -39,6 +41,7 @@ class Forward {
 Forward::Forward(const ForwardCall& call)
     : call_(call),
       kernel_(kernels().forward[static_cast<int>(element_of(call.q.dtype))]),
+      scores_(call.scores, call.q, call.rows.shape),
       batch_(call.q.shape[0]),
       q_len_(call.q.shape[1]),
       q_heads_(call.q.shape[2]),
@@ -46,7 +49,8 @@ Forward::Forward(const ForwardCall& call)
       group_(q_heads_ / std::max<int64_t>(1, call.k.shape[2])),
       tiles_(tiles_in(q_len_, call.rows.shape.rows)),
       decoding_(q_len_ == 1 && group_ > 1 && group_ <= call.rows.shape.rows &&
-                q_heads_ / call.program->heads % group_ == 0 && call.lse.stride[1] == 1),
+                q_heads_ / call.program->heads % group_ == 0 && call.lse.stride[1] == 1 &&
+                scores_.groups_may_share(group_)),
       task_heads_(decoding_ ? group_ : 1) {
   shape_.tile_rows = call.rows.shape.rows;
   shape_.tile_keys = call.rows.shape.columns;
@@ -57,7 +61,7 @@ Forward::Forward(const ForwardCall& call)
                                                 shape_.v_head_dim));
   k_bytes_ = page_up(gathered_bytes(call.k, shape_.tile_keys));
   v_bytes_ = page_up(gathered_bytes(call.v, shape_.tile_keys));
-  thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_;
+  thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_ + scores_.bytes();
   memory_ = allocate(thread_bytes_ * static_cast<size_t>(team_));
 }
 
@@ -71,6 +75,7 @@ void Forward::query_tile(int64_t task, int thread) const {
   uint32_t* words = reinterpret_cast<uint32_t*>(scratch + kernel_bytes_);
   char* gathered_k = scratch + kernel_bytes_ + kWordsBytes;
   char* gathered_v = gathered_k + k_bytes_;
+  char* score_memory = gathered_v + v_bytes_;
 
   const int64_t heads = q_heads_ / task_heads_;
   const int64_t b = task / (heads * tiles_), h = task / tiles_ % heads * task_heads_;
@@ -89,6 +94,9 @@ void Forward::query_tile(int64_t task, int thread) const {
     job.rows = static_cast<int>(group_);
     out.stride = call_.out.stride[2];
   }
+  job.changes = scores_.changes(score_memory);
+  job.sinks = scores_.sinks(h);
+  job.sink_stride = decoding_ ? 1 : 0;
   job.scratch = scratch;
   kernel_.begin(job);
   for_visible(map, at, tile, [&](int64_t key_tile, bool some, int64_t next) {
@@ -105,6 +113,10 @@ void Forward::query_tile(int64_t task, int thread) const {
     if (some) {
       fill_words(place, row, key, job.rows, keys.keys, words);
       keys.words = {words, kWordsStride};
+    }
+    if (scores_.any()) {
+      keys.biases = scores_.biases(from, h, row, job.rows, decoding_, score_memory);
+      keys.kept = scores_.kept(from, h, row, job.rows, score_memory);
     }
     kernel_.tile(job, keys);
   });

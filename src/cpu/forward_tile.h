@@ -9,6 +9,7 @@
 
 #include "cpu/kernels.h"
 #include "cpu/packing.h"
+#include "cpu/score_tile.h"
 
 namespace anymask::cpu::ANYMASK_ISA {
 
@@ -18,7 +19,7 @@ struct ForwardScratch {
   using Item = typename Math::Item;
   Item* q;     // Q^T [strip][item][row]
   T* out;      // O^T [strip][d][row], not yet divided by `sum`
-  T* highest;  // row maxima of the raw scores so far
+  T* highest;  // row maxima of the raw scores (or logits) so far
   T* sum;      // row sums of exp2(score - highest)
   T* scores;   // S^T, then P^T [key][row] of one strip
   Item* k;     // packed keys, where they are not read straight from the caller's memory
@@ -162,15 +163,20 @@ struct KeyRange {
   Ahead next_k, next_v;
 };
 
+// Words of a strip's rows from `key` on; its first row's bit is first_row % kGroupRows.
+ANYMASK_INLINE const uint32_t* words_of(const Words& words, int first_row, int key) {
+  return words.data + first_row / kGroupRows * words.stride + key;
+}
+
 template <class Math, int N, bool kMasked>
 inline void strip_step(const ForwardScratch<Math>& scratch, const ForwardJob& job, int strip,
-                       const KeyRange& range, const Words& words) {
+                       const KeyRange& range, const KeyTile& tile) {
   using T = typename Math::T;
   using Vec = typename Math::Vec;
   constexpr int kLanes = kLanesOf<Math>;
   const int first_row = strip * kStrip<Math>;
   const int keys = range.end - range.begin;
-  const T factor = exponent_factor<T>(job.scale);
+  const T factor = exp2_factor<T>(job.changes, job.scale);
   T* highest_at = scratch.highest + first_row;
   T* sum_at = scratch.sum + first_row;
 
@@ -181,13 +187,19 @@ inline void strip_step(const ForwardScratch<Math>& scratch, const ForwardJob& jo
       range.k_step,
       scratch.q + static_cast<int64_t>(first_row) * scratch.q_items,
       scratch.q_items,
-      kMasked ? words.data + first_row / kGroupRows * words.stride + range.begin : nullptr,
+      kMasked ? words_of(tile.words, first_row, range.begin) : nullptr,
       first_row % kGroupRows,
       scratch.scores,
       highest,
       range.next_k,
       range.next_v};
   for_blocks(0, keys, scores);
+  if (job.changes.any) {
+    for (int n = 0; n < N; ++n) highest[n] = before[n];
+    const T* biases = static_cast<const T*>(job.changes.biases);
+    if (biases != nullptr) biases += (strip * tile.keys + range.begin) * kStrip<Math>;
+    make_logits<Math, N>(job.changes, job.scale, biases, keys, scratch.scores, highest);
+  }
 
   Vec shift[N], keep[N], sum[N];
   ANYMASK_UNROLL
@@ -201,6 +213,10 @@ inline void strip_step(const ForwardScratch<Math>& scratch, const ForwardJob& jo
   }
   exponentiate<Math, N>(scratch.scores, keys, factor, shift, sum);
   for (int n = 0; n < N; ++n) store(sum_at + n * kLanes, sum[n]);
+  if (tile.kept.data != nullptr) {
+    drop_weights<Math, N>(words_of(tile.kept, first_row, range.begin), first_row % kGroupRows, keys,
+                          scratch.scores);
+  }
 
   const AddValues<Math, N> values{range.v + range.begin / Math::kPair * range.v_step,
                                   range.v_step,
@@ -273,6 +289,10 @@ void forward_tile(const ForwardJob& job, const KeyTile& tile) {
     range.v_step = scratch.v_stride * static_cast<int64_t>(sizeof(Item));
   }
 
+  if (job.changes.biases != nullptr) {
+    pack_biases_by_key<Math, In>(tile.biases, job.rows, tile.keys,
+                                 static_cast<typename Math::T*>(job.changes.biases));
+  }
   for (int strip = 0; strip < strips; ++strip) {
     if (begin[strip] >= end[strip]) continue;
     range.begin = begin[strip];
@@ -285,11 +305,11 @@ void forward_tile(const ForwardJob& job, const KeyTile& tile) {
     const bool narrow = job.rows - strip * kStrip<Math> <= kLanesOf<Math>;
     const bool masked = tile.words.data != nullptr;
     if (narrow) {
-      masked ? strip_step<Math, 1, true>(scratch, job, strip, range, tile.words)
-             : strip_step<Math, 1, false>(scratch, job, strip, range, tile.words);
+      masked ? strip_step<Math, 1, true>(scratch, job, strip, range, tile)
+             : strip_step<Math, 1, false>(scratch, job, strip, range, tile);
     } else {
-      masked ? strip_step<Math, kVectors, true>(scratch, job, strip, range, tile.words)
-             : strip_step<Math, kVectors, false>(scratch, job, strip, range, tile.words);
+      masked ? strip_step<Math, kVectors, true>(scratch, job, strip, range, tile)
+             : strip_step<Math, kVectors, false>(scratch, job, strip, range, tile);
     }
   }
 }
@@ -305,8 +325,11 @@ void forward_begin(const ForwardJob& job) {
   const int64_t rows = static_cast<int64_t>(strips) * kStrip<Math>;
   for (int64_t i = 0; i < rows * job.v_head_dim; ++i) scratch.out[i] = T{};
   for (int64_t i = 0; i < rows; ++i) {
-    scratch.highest[i] = -__builtin_inff();
-    scratch.sum[i] = T{};
+    // A sink counts in the sum like a key that has been seen, but adds no value.
+    const bool sunk = job.sinks != nullptr && i < job.rows;
+    scratch.highest[i] =
+        sunk ? static_cast<T>(job.sinks[i * job.sink_stride]) : -static_cast<T>(__builtin_inff());
+    scratch.sum[i] = scratch.highest[i] == -static_cast<T>(__builtin_inff()) ? T{} : T{1};
   }
 }
 
@@ -320,13 +343,15 @@ void forward_end(const ForwardJob& job, RowsOut out, void* lse) {
   constexpr int kLanes = kLanesOf<Math>;
   const ForwardScratch<Math> scratch(job.scratch, job.tile_rows, job.tile_keys, job.head_dim,
                                      job.v_head_dim);
-  const T to_natural = static_cast<T>(exponent_factor<double>(job.scale) * kLn2);
+  const T to_natural =
+      job.changes.any ? T{1} : static_cast<T>(exponent_factor<double>(job.scale) * kLn2);
+  const Vec scale = splat<Vec>(static_cast<T>(job.changes.keep_scale));
   auto* to = static_cast<typename In::Raw*>(out.data);
   for (int first = 0; first < job.rows; first += kLanes) {
     const int rows = job.rows - first < kLanes ? job.rows - first : kLanes;
     const Vec sum = load<Vec>(scratch.sum + first);
     // A row's largest score adds about 1 to its sum: 0 means that it saw nothing.
-    const Vec inverse = sum == Vec{} ? Vec{} : splat<Vec>(1) / sum;
+    const Vec inverse = sum == Vec{} ? Vec{} : scale / sum;
     const T* from = scratch.out +
                     static_cast<int64_t>(first / kStrip<Math>) * kStrip<Math> * job.v_head_dim +
                     first % kStrip<Math>;

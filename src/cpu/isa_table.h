@@ -3,6 +3,7 @@
 
 #include "cpu/backward_tile.h"
 #include "cpu/forward_tile.h"
+#include "cpu/philox_rows.h"
 
 namespace anymask::cpu::ANYMASK_ISA {
 
@@ -31,6 +32,7 @@ using MathOfBf16 = MathF32;
 
 inline constexpr Kernels kTable = {
     ANYMASK_ISA_NAME,
+    dropped_keys,
     {forward_kernel<MathF32, InF32>(), forward_kernel<MathF32, InF16>(),
      forward_kernel<MathOfBf16, InBf16>(), forward_kernel<MathF64, InF64>()},
     {backward_kernel<MathF32, InF32>(), backward_kernel<MathF32, InF16>(),

@@ -3,7 +3,8 @@
 // Plain data and function pointers only. A translation unit that is compiled for AVX-512 must not
 // emit an inline function that another one also emits: the linker keeps one copy of the two, and an
 // older CPU would then run AVX-512 code. So nothing in here has a body, and the kernels include
-// neither the standard library's templates nor src/rules.
+// neither the standard library's templates nor src/rules, but for templates (Philox) that they
+// instantiate with types of their own namespace.
 #pragma once
 
 #include <cstddef>
@@ -37,6 +38,22 @@ struct Words {
   int64_t stride;
 };
 
+// What happens to a job's scores beside scaling (anymask::ScoreOptions). Where anything does, the
+// kernels work on logits in natural units; else on the products as they are.
+struct ScoreChanges {
+  bool any;
+  double softcap;     // 0: none
+  double keep_scale;  // of the weights that dropout keeps
+  void* biases;  // room for a tile's biases: tile_rows * tile_keys sums; nullptr: there are none
+};
+
+// What is added to the scores of a tile, as the caller has it.
+struct TileBiases {
+  RowsIn pairs;        // a row per query, contiguous keys; nullptr: none
+  bool wide;           // `pairs` has the sums' type, not the elements'
+  const double* keys;  // one per key; nullptr: none
+};
+
 // One query tile of one head against a row of key tiles.
 struct ForwardJob {
   RowsIn q;
@@ -46,6 +63,9 @@ struct ForwardJob {
   int head_dim;
   int v_head_dim;
   double scale;
+  ScoreChanges changes;
+  const double* sinks;  // the logit without a value of row r: sinks[r * sink_stride]; nullptr: none
+  int64_t sink_stride;
   void* scratch;  // scratch_bytes long, 64-byte aligned
 };
 
@@ -54,6 +74,8 @@ struct KeyTile {
   RowsIn v;
   int keys;
   Words words;
+  TileBiases biases;
+  Words kept;  // pairs that dropout keeps
   // To be on its way into the cache meanwhile: the tile after this one (or nullptr).
   const void* next_k;
   const void* next_v;
@@ -77,6 +99,8 @@ struct BackwardJob {
   int head_dim;
   int v_head_dim;
   double scale;
+  ScoreChanges changes;
+  void* dlogits;  // gradient of a tile's logits, sums [row][tile_keys]; nullptr: not wanted
   void* scratch;
 };
 
@@ -87,6 +111,8 @@ struct RowTile {
   const void* delta;  // the same type: rowsum(dout * out) - dlse
   int rows;
   Words words;
+  TileBiases biases;
+  Words kept;
   // To be on their way into the cache meanwhile: the row tile after this one (or nullptr), and
   // where this tile's dq will be added.
   const void* next_q;
@@ -97,7 +123,7 @@ struct RowTile {
 struct BackwardKernel {
   size_t (*scratch_bytes)(int tile_rows, int tile_keys, int head_dim, int v_head_dim);
   void (*begin)(const BackwardJob& job);
-  // Adds the row tile's share to dk and dv, and leaves its dq in scratch.
+  // Adds the row tile's share to dk and dv, and leaves its dq in scratch and its dlogits there.
   void (*tile)(const BackwardJob& job, const RowTile& tile);
   // Adds that dq to `sum` (f64: double, else float); `first`: overwrites it.
   void (*add_dq)(const BackwardJob& job, int rows, bool first, RowsOut sum);
@@ -111,6 +137,9 @@ struct BackwardKernel {
 
 struct Kernels {
   const char* name;
+  // rules::dropped_keys of 32 rows from first_row on.
+  void (*dropped_keys)(uint32_t key0, uint32_t key1, uint32_t threshold, uint32_t first_row,
+                       uint32_t column_block, uint32_t* words);
   ForwardKernel forward[kElements];
   BackwardKernel backward[kElements];
   // Multiply-adds on registers only: returns the floating-point operations done.

@@ -1,0 +1,39 @@
+// Dropout's pattern for the rows of a group at once, a row a lane.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+#include "rules/philox.h"
+
+namespace anymask::cpu::ANYMASK_ISA {
+
+struct RowWords {
+  using Word = VecU32;
+  // Products of the even lanes, then of the odd ones.
+  static ANYMASK_INLINE Word multiply_high(uint32_t a, Word b) {
+    const VecU64 even = products(splat<VecU32>(a), b);
+    const VecU64 odd = products(splat<VecU32>(a), bit_cast<VecU32>(bit_cast<VecU64>(b) >> 32));
+    return bit_cast<VecU32>((even >> 32) | (odd & 0xffffffff00000000ull));
+  }
+  static ANYMASK_INLINE VecU64 products(VecU32 a, VecU32 b) {
+#if defined(__AVX512F__)
+    return bit_cast<VecU64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+    return bit_cast<VecU64>(_mm256_mul_epu32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+    return bit_cast<VecU64>(_mm_mul_epu32(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#endif
+  }
+};
+
+inline void dropped_keys(uint32_t key0, uint32_t key1, uint32_t threshold, uint32_t first_row,
+                         uint32_t column_block, uint32_t* words) {
+  VecU32 row{};
+  for (int i = 0; i < kLanes32; ++i) row[i] = first_row + static_cast<uint32_t>(i);
+  for (int i = 0; i < kGroupRows; i += kLanes32) {
+    store(words + i, rules::dropped_keys<RowWords>({key0, key1, threshold},
+                                                   row + static_cast<uint32_t>(i), column_block));
+  }
+}
+
+}  // namespace anymask::cpu::ANYMASK_ISA
