@@ -7,19 +7,9 @@
 #include "cuda/device/sm90/forward_shared.h"
 #include "cuda/device/sm90/pair_bias.h"
 #include "cuda/device/sm90/softmax.h"
+#include "cuda/device/sm90/strip_bits.h"
 
 namespace anymask::cuda {
-
-// What the mask leaves of one tile for this warpgroup's strip and this thread's two rows.
-template <ForwardConfig C>
-struct StripMask {
-  int first_block;  // the blocks that the strip sees anything in lie between these,
-  int blocks;       // none where blocks is 0
-  bool hidden;      // and something among them is hidden
-  uint32_t words[2][C.word_groups()];
-  uint32_t kept[2][C.word_groups()];  // of dropout
-  int first_key;                      // position of the tile's first key; with biases of pairs
-};
 
 template <ForwardConfig C>
 struct MathWarp {
@@ -44,7 +34,7 @@ struct MathWarp {
 
   Ring<C.k_stages> k_ring;
   Ring<C.v_stages> v_ring;
-  Ring<C.bit_slots> bit_ring;
+  StripBits<C> bits{shared, w, warp, lane, {}};
   float out[C.value_depth / 2];
   RowState rows;
   PairBias<C.half != 0> bias;
@@ -66,7 +56,7 @@ struct MathWarp {
   __device__ __forceinline__ void issue_scores(Tile<kColumns>& tile, const StripMask<C>& mask,
                                                int first_column) {
     if constexpr (kBiasFirst) give_biases<false>(tile, mask, first_column);
-    if constexpr (!kBiased || kBiasFirst) release_slot();
+    if constexpr (!kBiased || kBiasFirst) bits.release();
     const uint32_t q = ptx::lower_k_major(shared.q[w]);
     const uint32_t k =
         ptx::lower_k_major(shared.k[k_ring.slot]) + first_column * kSlabRowBytes / 16;
@@ -120,73 +110,6 @@ struct MathWarp {
 
   // ---- masks ------------------------------------------------------------------------------------
 
-  // The words of this thread's two rows.
-  __device__ __forceinline__ void read_words(const uint32_t (&bits)[C.word_groups()][64][4],
-                                             uint32_t (&words)[2][C.word_groups()]) {
-    const int row = 16 * warp + lane / 4;
-#pragma unroll
-    for (int g = 0; g < C.word_groups(); ++g) {
-      words[0][g] = bits[g][row][lane % 4];
-      words[1][g] = bits[g][row + 8][lane % 4];
-    }
-  }
-
-  // The bits of the strip's first block come first: 16 of a word are one block.
-  __device__ __forceinline__ void skip_blocks(int blocks, uint32_t (&words)[2][C.word_groups()]) {
-    constexpr int kLast = C.word_groups() - 1;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (blocks >= 2) words[r][0] = words[r][kLast];
-      if ((blocks & 1) != 0) words[r][0] = __funnelshift_r(words[r][0], words[r][kLast], 16);
-    }
-  }
-
-  // Where there is a slot for every tile it is given back once its last part has been read.
-  __device__ __forceinline__ void release_slot() {
-    if constexpr (C.every_tile()) {
-      arrive(shared.bits_empty[bit_ring.slot]);
-      bit_ring.next();
-    }
-  }
-
-  __device__ __forceinline__ StripMask<C> take_mask(bool live, bool partial) {
-    StripMask<C> mask{0, live ? C.blocks() : 0, false, {}, {}, 0};
-    if (!C.every_tile() && !partial) return mask;
-    shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
-    if constexpr (C.has(kDropout)) {
-      read_words(shared.bits[shared.kKept + bit_ring.slot][w], mask.kept);
-    }
-    if (C.every_tile() && !partial) return mask;
-    uint32_t visible = 0, hidden = 0;  // a bit per 64 columns
-    read_words(shared.bits[bit_ring.slot][w], mask.words);
-#pragma unroll
-    for (int g = 0; g < C.word_groups(); ++g) {
-      uint32_t classes = shared.classes[bit_ring.slot][w][g];
-      classes |= classes >> 16;
-      classes |= classes >> 8;
-      visible |= (classes & 3) << (2 * g);
-      hidden |= ((classes >> 2) & 3) << (2 * g);
-    }
-    if constexpr (!C.every_tile()) {
-      arrive(shared.bits_empty[bit_ring.slot]);
-      bit_ring.next();
-    }
-    visible = ptx::uniform(visible);
-    hidden = ptx::uniform(hidden);
-    if (visible == 0 || !live) {
-      mask.blocks = 0;
-    } else if constexpr (C.blocks() == 1) {
-      mask.hidden = hidden != 0;
-    } else {
-      mask.first_block = __ffs(visible) - 1;
-      mask.blocks = 32 - __clz(visible) - mask.first_block;
-      mask.hidden = ((hidden >> mask.first_block) & ((1u << mask.blocks) - 1)) != 0;
-      skip_blocks(mask.first_block, mask.words);
-      if constexpr (C.has(kDropout)) skip_blocks(mask.first_block, mask.kept);
-    }
-    return mask;
-  }
-
   // Sets the scores to their biases, or adds these to them.
   template <bool kAdd, int kColumns>
   __device__ __forceinline__ void give_biases(Tile<kColumns>& tile, const StripMask<C>& mask,
@@ -194,7 +117,7 @@ struct MathWarp {
     const int column = first_column + 2 * (lane % 4);
     if constexpr (C.has(kBias)) bias.template give<kAdd>(p, mask.first_key + column, tile.scores);
     if constexpr (C.has(kKeyBias)) {
-      const float* key_bias = &shared.key_bias[bit_ring.slot][column];
+      const float* key_bias = &shared.key_bias[bits.ring.slot][column];
 #pragma unroll
       for (int i = 0; i < kColumns / 2; i += 4) {
         const float2 pair = *reinterpret_cast<const float2*>(key_bias + 2 * i);
@@ -231,8 +154,9 @@ struct MathWarp {
     release_keys(last);
     if constexpr (C.has(kSoftcap)) cap_scores(p.scores.cap, tile.scores);
     if constexpr (kBiased && !kBiasFirst) {
+      ptx::pin(tile.scores);
       give_biases<true>(tile, mask, first_column);
-      release_slot();
+      bits.release();
     }
     apply(tile, mask);
   }
@@ -355,7 +279,7 @@ struct MathWarp {
   // A tile that shows this strip nothing. Its V must have come before its stage is given back.
   __device__ __forceinline__ void skip_tile(bool last) {
     shared.v_full[v_ring.slot].wait(v_ring.parity);
-    release_slot();
+    bits.release();
     release_keys(last);
     release_values();
   }
@@ -364,8 +288,8 @@ struct MathWarp {
   __device__ __forceinline__ StripMask<C> next_mask(bool live) {
     shared.k_full[k_ring.slot].wait(k_ring.parity);
     const uint32_t partial = shared.partial[k_ring.slot];
-    if constexpr (!C.has(kBias)) return take_mask(live, __any_sync(0xffffffffu, partial != 0));
-    StripMask<C> mask = take_mask(live, __any_sync(0xffffffffu, (partial & 1) != 0));
+    if constexpr (!C.has(kBias)) return bits.take(live, __any_sync(0xffffffffu, partial != 0));
+    StripMask<C> mask = bits.take(live, __any_sync(0xffffffffu, (partial & 1) != 0));
     mask.first_key = ptx::uniform(partial / 2) * C.columns;
     return mask;
   }

@@ -28,34 +28,41 @@ struct PairBias {
   template <int kCount>
   __device__ __forceinline__ void read(const ForwardParams& p, int position,
                                        float (&to)[kCount]) const {
+    const int left = p.kv_len - position;
     if (p.scores.bias_pairs == 0) {
       const Numbers& bias = p.scores.bias;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
-        const int at = position + 8 * (i / 4) + i % 2;
+        const int at = 8 * (i / 4) + i % 2;
         to[i] = 0.0f;
-        if (at >= p.kv_len) continue;
-        const int64_t key = order != nullptr ? order[at] : at;
+        if (at >= left) continue;
+        const int64_t key = order != nullptr ? order[position + at] : position + at;
         to[i] = number_at<kHalf>(bias, rows[i / 2 % 2], key * bias.key_stride);
       }
     } else if (p.scores.bias.wide != 0) {
-#pragma unroll
-      for (int i = 0; i < kCount; i += 2) {
-        const int at = position + 8 * (i / 4);
-        float2 pair{0.0f, 0.0f};
-        if (at < p.kv_len) pair = static_cast<const float2*>(rows[i / 2 % 2])[at / 2];
-        to[i] = pair.x;
-        to[i + 1] = pair.y;
-      }
+      read_pairs<float2>(left, position, to, [](const float2& pair, float* both) {
+        both[0] = pair.x;
+        both[1] = pair.y;
+      });
     } else {
+      read_pairs<uint32_t>(left, position, to, [](uint32_t pair, float* both) {
+        both[0] = ptx::low_of<kHalf>(pair);
+        both[1] = ptx::high_of<kHalf>(pair);
+      });
+    }
+  }
+
+  template <typename Pair, int kCount, typename Unpack>
+  __device__ __forceinline__ void read_pairs(int left, int position, float (&to)[kCount],
+                                             const Unpack& unpack) const {
+    const Pair* const first[2] = {static_cast<const Pair*>(rows[0]) + (position >> 1),
+                                  static_cast<const Pair*>(rows[1]) + (position >> 1)};
 #pragma unroll
-      for (int i = 0; i < kCount; i += 2) {
-        const int at = position + 8 * (i / 4);
-        uint32_t pair = 0;
-        if (at < p.kv_len) pair = static_cast<const uint32_t*>(rows[i / 2 % 2])[at / 2];
-        to[i] = ptx::low_of<kHalf>(pair);
-        to[i + 1] = ptx::high_of<kHalf>(pair);
-      }
+    for (int i = 0; i < kCount; i += 2) {
+      const int at = 8 * (i / 4);
+      Pair pair{};
+      if (at < left) pair = first[i / 2 % 2][at / 2];
+      unpack(pair, &to[i]);
     }
   }
 
