@@ -3,12 +3,12 @@ PRESET ?= release
 PYTHON_BIN = .venv/bin/python
 CPP_SOURCES = $(shell git ls-files '*.cpp' '*.h' '*.hpp' '*.c')
 
-.PHONY: help demo test build test-cpp test-python test-gpu lint format clean
+.PHONY: help demo test build test-cpp test-python test-gpu sanitize-gpu lint format clean
 
 help:
 	@echo "make demo     train a small language model with and without anymask; ends with a report"
 	@echo "make test     all tests, C++ and Python (no GPU needed)"
-	@echo "make test-gpu the tests that need a Hopper GPU"
+	@echo "make test-gpu the tests that need a Hopper GPU;  make sanitize-gpu  a few under compute-sanitizer"
 	@echo "make lint     formatting and static checks;  make format  formats"
 
 demo:
@@ -29,6 +29,11 @@ test-python: setup-dev
 
 test-gpu: build
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" ctest --preset $(PRESET) -R OnGpu
+	@$(PYTHON_BIN) -m pytest tests/gpu $(ARGS)
+
+# The same kernels under compute-sanitizer, over small problems.
+sanitize-gpu: setup-dev
+	@PYTHON=$(PYTHON_BIN) tests/gpu/sanitizer.sh $(ARGS)
 
 lint: setup-dev
 	@.venv/bin/ruff check .

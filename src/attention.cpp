@@ -19,10 +19,10 @@ namespace {
 
 bool on_cuda(const Problem& problem) { return problem.device.type == DeviceType::cuda; }
 
-// What the kernels do not do yet.
+// What the CUDA kernels do not do yet.
 void refuse_scores(const ScoreOptions& scores) {
   const auto refuse = [](const char* name, bool given) {
-    if (given) throw Unsupported(std::string(name) + ": not available yet");
+    if (given) throw Unsupported(std::string(name) + ": not available on CUDA yet; use the CPU");
   };
   refuse("key_bias", scores.key_bias.given());
   refuse("bias", scores.bias.given());

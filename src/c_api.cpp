@@ -230,9 +230,17 @@ anymask_status anymask_intervals_from_dense(const anymask_tensor* allowed, int32
   });
 }
 
+anymask_status anymask_top_keys_workspace_bytes(const anymask_tensor* scores, int64_t* bytes) {
+  return guarded([&] { *bytes = top_keys_workspace_bytes(tensor_from(*scores)); });
+}
+
 anymask_status anymask_top_keys(const anymask_tensor* scores, int64_t keep, int64_t q_len,
-                                const anymask_tensor* ends) {
-  return guarded([&] { top_keys(tensor_from(*scores), keep, q_len, tensor_from(*ends)); });
+                                const anymask_tensor* ends, void* stream, void* workspace,
+                                int64_t workspace_bytes) {
+  return guarded([&] {
+    top_keys(tensor_from(*scores), keep, q_len, tensor_from(*ends), stream, workspace,
+             workspace_bytes);
+  });
 }
 
 anymask_status anymask_cpu_instruction_sets(char* names, int64_t size) {

@@ -88,6 +88,20 @@ TEST(CApi, RefusesUnknownCodes) {
   EXPECT_EQ(anymask_plan_bytes(&mask, &problem, &bytes), ANYMASK_INVALID_VALUE);
 }
 
+TEST(CApi, SelectsTopKeys) {
+  float scores[4] = {1.0f, 3.0f, 2.0f, 4.0f};
+  int32_t ends[4] = {};
+  const anymask_tensor s{scores, ANYMASK_F32, ANYMASK_CPU, 0, 3, {1, 1, 4, 1}, {4, 4, 1, 1}};
+  const anymask_tensor e{ends, ANYMASK_I32, ANYMASK_CPU, 0, 4, {1, 1, 4, 1}, {4, 4, 1, 1}};
+  int64_t bytes = -1;
+  ASSERT_EQ(anymask_top_keys_workspace_bytes(&s, &bytes), ANYMASK_OK);
+  EXPECT_EQ(bytes, 0);
+  ASSERT_EQ(anymask_top_keys(&s, 2, 4, &e, nullptr, nullptr, 0), ANYMASK_OK);
+  EXPECT_EQ(std::vector<int32_t>(ends, ends + 4), (std::vector<int32_t>{2, 4, 3, 4}));
+  EXPECT_EQ(anymask_top_keys(&s, -2, 4, &e, nullptr, nullptr, 0), ANYMASK_INVALID_VALUE);
+  EXPECT_NE(std::strstr(anymask_last_error(), "keep is -2; it must be 0 or more"), nullptr);
+}
+
 TEST(CApi, InstructionSetsAreListedAndTheBestIsUsed) {
   char names[256], name[64];
   ASSERT_EQ(anymask_cpu_instruction_sets(names, sizeof names), ANYMASK_OK);

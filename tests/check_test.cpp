@@ -89,6 +89,69 @@ TEST(Check, RefusesWrongScaleAndPlan) {
       "plan has 64 bytes");
 }
 
+TEST(Check, RefusesWrongScoreOptions) {
+  static std::vector<float> memory(2 * 4 * 5 * 7);
+  const auto option = [](std::initializer_list<int64_t> shape, DType dtype = DType::f32) {
+    return Tensor(memory.data(), dtype, shape);
+  };
+  expect_refused<InvalidValue>([](auto& a) { a.scores.softcap = -1; }, "softcap is -1");
+  expect_refused<InvalidValue>([](auto& a) { a.scores.softcap = NAN; }, "softcap is");
+  expect_refused<InvalidValue>([](auto& a) { a.scores.dropout_p = 1; }, "dropout_p is 1.0");
+  expect_refused<InvalidValue>([](auto& a) { a.scores.dropout_p = NAN; }, "dropout_p is");
+  expect_refused<InvalidValue>([](auto& a) { a.scores.dropout_p = 0.1; }, "seed_offset is missing");
+  expect_refused<InvalidType>(
+      [&](auto& a) { a.scores.dropout_p = 0.1, a.scores.seed_offset = option({2}, DType::i32); },
+      "seed_offset has type int32; it needs int64");
+  expect_refused<InvalidValue>(
+      [&](auto& a) { a.scores.dropout_p = 0.1, a.scores.seed_offset = option({3}, DType::i64); },
+      "seed_offset has shape [3]; it needs [seed, offset]");
+  expect_refused<InvalidValue>([&](auto& a) { a.scores.sink = option({2}); },
+                               "sink has shape [2]; it needs [q_heads] = [4]");
+  expect_refused<InvalidType>([&](auto& a) { a.scores.sink = option({4}, DType::bf16); },
+                              "sink has type bfloat16; it needs the type of q, float32");
+  expect_refused<InvalidValue>(
+      [&](auto& a) {
+        a.scores.key_bias = option({2, 3, 7});
+      },
+      "key_bias has shape [2, 3, 7]");
+  expect_refused<InvalidValue>(
+      [&](auto& a) {
+        a.scores.bias = option({2, 4, 7, 7});
+      },
+      "bias has shape [2, 4, 7, 7]");
+  expect_refused<InvalidValue>(
+      [&](auto& a) {
+        a.scores.bias = option({1, 1, 5, 7}), a.scores.bias.stride[3] = 2;
+      },
+      "bias has stride 2 in its last dimension");
+  expect_refused<InvalidType>(
+      [&](auto& a) {
+        a.scores.bias = option({1, 1, 5, 7});
+        a.scores.bias.device = {DeviceType::cuda, 0};
+      },
+      "bias is on cuda:0; q is on cpu");
+  expect_refused<InvalidValue>(
+      [&](auto& a) { a.scores.sink = option({4}), a.scores.sink.data = nullptr; },
+      "sink has no memory");
+}
+
+TEST(Check, CudaRefusesScoreOptionsByName) {
+  Call call;
+  for (Tensor* t : {&call.args.q, &call.args.k, &call.args.v, &call.args.out, &call.args.lse}) {
+    t->device = {DeviceType::cuda, 0};
+  }
+  for (Tensor* t : {&call.args.q, &call.args.k, &call.args.v, &call.args.out}) {
+    t->dtype = DType::bf16;
+  }
+  call.args.scores.softcap = 30;
+  try {
+    attention_forward(call.args);
+    FAIL();
+  } catch (const Unsupported& error) {
+    EXPECT_EQ(std::string(error.what()), "softcap: not available on CUDA yet; use the CPU");
+  }
+}
+
 TEST(Check, RefusesWrongGradients) {
   Call call;
   attention_forward(call.args);
@@ -120,6 +183,18 @@ TEST(Check, RefusesWrongGradients) {
   spoiled = args;
   spoiled.dout = Tensor();
   refused(spoiled, "dout is missing");
+  args.scores.sink = Tensor(call.q.data(), DType::f32, {4});
+  spoiled = args;
+  spoiled.dsink = Tensor(dq.data(), DType::f32, {5});
+  refused(spoiled, "dsink has shape [5]; it needs the shape of sink = [4]");
+  spoiled.dsink = Tensor(dq.data(), DType::bf16, {4});
+  refused(spoiled, "dsink has type bfloat16; it needs the type of sink, float32");
+  spoiled.dsink.dtype = DType::f32;
+  spoiled.dsink.stride[0] = 0;
+  refused(spoiled, "dsink is an output but dimension 0 is expanded");
+  spoiled.dsink = Tensor();
+  spoiled.dbias = Tensor(dq.data(), DType::f32, {1, 1, 5, 7});
+  refused(spoiled, "dbias is wanted, but there is no bias");
   attention_backward(args);
 }
 

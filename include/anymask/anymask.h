@@ -178,8 +178,11 @@ ANYMASK_API anymask_status anymask_intervals_from_dense(const anymask_tensor* al
                                                         const anymask_tensor* indices,
                                                         int32_t* columns);
 
+ANYMASK_API anymask_status anymask_top_keys_workspace_bytes(const anymask_tensor* scores,
+                                                            int64_t* bytes);
 ANYMASK_API anymask_status anymask_top_keys(const anymask_tensor* scores, int64_t keep,
-                                            int64_t q_len, const anymask_tensor* ends);
+                                            int64_t q_len, const anymask_tensor* ends, void* stream,
+                                            void* workspace, int64_t workspace_bytes);
 
 /* CPU backend. Lists are written as comma-separated names into `names`. */
 ANYMASK_API anymask_status anymask_cpu_instruction_sets(char* names, int64_t size);

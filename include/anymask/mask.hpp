@@ -99,9 +99,13 @@ Mask dense(const Tensor& allowed);
 // Dynamic masks: each query keeps the `keep` best-scored keys among those before it (causal,
 // bottom-right), ties to the lower index, NaN below everything. Once `keep` better keys exist a key
 // never comes back, so the whole mask is one row a key: fills `ends` (int32 [batch, heads, kv_len,
-// 1], contiguous) so that intervals(ends, true) is that mask. scores: f32 [batch, heads, kv_len],
-// any strides, on the CPU; O(kv_len log keep) per head.
-void top_keys(const Tensor& scores, int64_t keep, int64_t q_len, const Tensor& ends);
+// 1], contiguous, on the scores' device) so that intervals(ends, true) is that mask. scores: f32
+// [batch, heads, kv_len], any strides. CPU: O(kv_len log keep) per head. CUDA: queued on `stream`
+// (a CUstream) without host synchronisation; needs top_keys_workspace_bytes of scratch memory
+// there, aligned to 256 bytes.
+void top_keys(const Tensor& scores, int64_t keep, int64_t q_len, const Tensor& ends,
+              void* stream = nullptr, void* workspace = nullptr, int64_t workspace_bytes = 0);
+int64_t top_keys_workspace_bytes(const Tensor& scores);  // 0 on the CPU
 
 // Query i sees key j iff eq[i] >= 0 or eq[i] == ek[j]. int32 or int64 [batch or 1, mask heads,
 // len].

@@ -10,6 +10,7 @@ from __future__ import annotations
 from anymask._inspection import Intervals, MaskStatistics, intervals_from_dense
 from anymask.attention import attention
 from anymask.compat import (
+    apply_dynamic_mask_attention,
     flash_attention_custom_mask,
     flashmask_attention,
     flexible_attention,
@@ -35,6 +36,7 @@ __all__ = [
     "MaskStatistics",
     "Plan",
     "Problem",
+    "apply_dynamic_mask_attention",
     "attention",
     "blocks",
     "causal",

@@ -144,6 +144,9 @@ def top_keys(scores: np.ndarray, keep: int, q_len: int) -> np.ndarray:
         keep,
         q_len,
         _tensors.pack_numpy(ends, "ends"),
+        None,
+        None,
+        0,
     )
     return ends
 

@@ -28,6 +28,10 @@ class ScoreOptions(NamedTuple):
     softcap: float = 0.0
 
 
+# The options that have gradients.
+DIFFERENTIABLE = ScoreOptions._fields[:3]
+
+
 def number(value: Any, name: str) -> float:
     """A real number; its range is the library's to check."""
     if isinstance(value, (bool, str)) or not hasattr(value, "__float__"):
@@ -36,23 +40,23 @@ def number(value: Any, name: str) -> float:
 
 
 def checked_seed(seed: Any) -> int | None:
-    """`seed` if it is an integer, None if it may be an array."""
-    if hasattr(seed, "dtype") and hasattr(seed, "shape"):
-        dtype = str(seed.dtype).split(".")[-1]
-        if dtype != "int64" or tuple(seed.shape) != (2,):
-            raise TypeError(
-                f"seed: got {dtype} of shape {tuple(seed.shape)}, an integer or int64 of shape "
-                "(2,), a seed and an offset, is needed"
-            )
-        return None
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise TypeError(
-            f"seed: got {seed!r}, an integer or int64 of shape (2,), a seed and an offset, is "
-            "needed"
-        )
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: got {seed}, an integer of 64 bits is needed")
-    return seed
+    """`seed` if it is an integer, None if it is a seed and an offset in an array."""
+    if isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed: got {seed}, an integer of 64 bits is needed")
+        return int(seed)
+    if not (hasattr(seed, "dtype") and hasattr(seed, "shape")):
+        raise _seed_error(repr(seed))
+    dtype = str(seed.dtype).split(".")[-1]
+    if dtype != "int64" or tuple(seed.shape) != (2,):
+        raise _seed_error(f"{dtype} of shape {tuple(seed.shape)}")
+    return None
+
+
+def _seed_error(got: str) -> TypeError:
+    return TypeError(
+        f"seed: got {got}, an integer or int64 of shape (2,), a seed and an offset, is needed"
+    )
 
 
 def numpy_options(
@@ -69,8 +73,13 @@ def numpy_options(
     if dropout_p == 0.0:
         seed_offset = None
     elif seed_offset is None:
-        seed_offset = np.random.default_rng().integers(0, 2**63, 2)
+        seed_offset = drawn_seed()
     return ScoreOptions(key_bias, bias, sink, seed_offset, dropout_p, softcap)
+
+
+def drawn_seed() -> np.ndarray:
+    """A fresh seed and offset from NumPy."""
+    return np.random.default_rng().integers(0, 2**63, 2)
 
 
 def _numpy_seed(seed: Any) -> np.ndarray:
@@ -92,12 +101,14 @@ def pack_options(options: ScoreOptions, pack: Callable[[Any, str], bytes]) -> tu
     return _pointer(parts)
 
 
-def pack_gradients(gradients: list[Any], pack: Callable[[Any, str], bytes]) -> tuple[bytes, Any]:
-    """The same for anymask_score_gradients: of key_bias, bias and sink, each may be None."""
+def pack_gradients(
+    gradients: dict[str, Any], pack: Callable[[Any, str], bytes]
+) -> tuple[bytes, Any]:
+    """The same for anymask_score_gradients; `gradients`: those that are wanted, by option."""
     return _pointer(
         [
-            _tensors.NO_TENSOR if tensor is None else pack(tensor, "d" + name)
-            for name, tensor in zip(ScoreOptions._fields, gradients)
+            pack(gradients[name], "d" + name) if name in gradients else _tensors.NO_TENSOR
+            for name in DIFFERENTIABLE
         ]
     )
 

@@ -262,10 +262,8 @@ def empty_gradients(
 def _pack_gradients(gradients: list[Tensor], wanted: Sequence[bool]) -> tuple[bytes, Any]:
     if not any(wanted):
         return NO_SCORES, None
-    of_options = iter(gradients[3:])
-    return _scores.pack_gradients(
-        [next(of_options) if needed else None for needed in wanted], pack_torch
-    )
+    names = [name for name, needed in zip(_scores.DIFFERENTIABLE, wanted) if needed]
+    return _scores.pack_gradients(dict(zip(names, gradients[3:])), pack_torch)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:
@@ -286,9 +284,19 @@ def _loadable(tensor: Tensor) -> Tensor:
 def top_keys(scores: Tensor, keep: int, q_len: int) -> Tensor:
     """The operator anymask::top_keys: int32 [batch, heads, kv_len, 1]."""
     ends = torch.empty((*scores.shape, 1), dtype=torch.int32, device=scores.device)
+    packed = pack_torch(scores, "scores")
+    size = ctypes.c_int64()
+    check(library().anymask_top_keys_workspace_bytes(packed, ctypes.byref(size)))
+    work = torch.empty(size.value, dtype=torch.uint8, device=scores.device)
     check(
         library().anymask_top_keys(
-            pack_torch(scores, "scores"), keep, q_len, pack_torch(ends, "ends")
+            packed,
+            keep,
+            q_len,
+            pack_torch(ends, "ends"),
+            _stream(scores.device),
+            work.data_ptr(),
+            work.numel(),
         )
     )
     return ends

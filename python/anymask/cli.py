@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from anymask.bench.command import add_options as add_bench_options
 from anymask.benchmark_masks import NAMES, SAMPLES
 
 
@@ -60,27 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.set_defaults(run=_show)
 
-    bench = commands.add_parser(
-        "bench",
-        help="time the twelve masks",
-        description="Times the twelve masks of the FlashMask paper, forward and backward, beside "
-        "torch where it is installed. Every result is checked against a float64 reference at a "
-        "small size first. TFLOP/s count allowed pairs exactly.",
-    )
-    bench.add_argument("--masks", default=",".join(NAMES), help="names, separated by commas")
-    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    bench.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    bench.add_argument("--length", type=int, default=2048)
-    bench.add_argument("--batch", type=int, default=1)
-    bench.add_argument("--heads", type=int, default=8)
-    bench.add_argument("--kv-heads", type=int, help="default: as many as heads")
-    bench.add_argument("--head-dim", type=int, default=128)
-    bench.add_argument("--sample", type=int, default=3, help=f"documents: 1 to {SAMPLES}")
-    bench.add_argument("--rounds", type=int, default=5, help="times each is measured")
-    bench.add_argument("--budget", type=float, default=10.0, help="seconds a mask and pass")
-    bench.add_argument("--forward-only", action="store_true")
-    bench.add_argument("--no-peers", action="store_true", help="leave torch out")
-    bench.add_argument("--json", type=Path, help="write all figures to this file")
+    bench = commands.add_parser("bench", help="time the twelve masks beside other libraries")
+    add_bench_options(bench)
     bench.set_defaults(run=_bench)
 
     doctor = commands.add_parser("doctor", help="what was found on this machine")
@@ -166,100 +148,9 @@ def _show_one(
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from anymask.bench import command
 
-    from anymask import bench, machine
-
-    settings = bench.Settings(
-        masks=tuple(name for name in options.masks.split(",") if name),
-        length=options.length,
-        batch=options.batch,
-        heads=options.heads,
-        kv_heads=options.kv_heads or options.heads,
-        head_dim=options.head_dim,
-        dtype=options.dtype,
-        device=options.device,
-        backward=not options.forward_only,
-        peers=not options.no_peers,
-        rounds=options.rounds,
-        budget=options.budget,
-        sample=options.sample,
-    )
-    console = Console()
-    if settings.device == "cpu":
-        _same_threads()
-    with Progress(
-        TextColumn("{task.description:<34}"), BarColumn(), TimeElapsedColumn(),
-        console=console, transient=True,
-    ) as bar:  # fmt: skip
-        task = bar.add_task("", total=2 * len(settings.masks))
-        rows = bench.run(
-            settings,
-            lambda name, what, done: bar.update(
-                task, completed=done, description=f"{what} {name}".strip()
-            ),
-        )
-    found = machine.describe()
-    where = (
-        f"{found['cpu']}, {found['threads']} threads, {found['instruction_set']}"
-        if settings.device == "cpu"
-        else settings.device
-    )
-    console.print(_table(settings, rows, where))
-    if options.json is not None:
-        bench.to_json(settings, rows, options.json)
-        console.print(f"wrote {options.json}")
-    return 0
-
-
-def _same_threads() -> None:
-    """torch and anymask measure with the same number of threads."""
-    from anymask import bench, machine
-
-    if bench.has_torch():
-        import torch
-
-        torch.set_num_threads(machine.threads())
-
-
-def _table(settings: Any, rows: Sequence[Any], where: str) -> Any:
-    from rich.table import Table
-
-    s = settings
-    table = Table(
-        title=f"S={s.length} B={s.batch} H={s.heads}/{s.kv_heads} D={s.head_dim} {s.dtype}, "
-        f"{where}\nmilliseconds; TFLOP/s by exactly counted pairs; x: times faster than torch",
-        title_justify="left",
-        title_style="",
-    )
-    table.add_column("mask")
-    for column in ("allowed", "plan", "forward", "TFLOP/s", "x", "backward", "TFLOP/s", "x"):
-        table.add_column(column, justify="right")
-
-    def number(value: float | None, form: str = "{:.2f}", scale: float = 1.0) -> str:
-        return "-" if value is None else form.format(value * scale)
-
-    def ratio(peer: float | None, own: float | None) -> str:
-        if not peer or not own:
-            return "-"
-        factor = peer / own
-        colour = "green" if factor >= 1 else "red"
-        return f"[{colour}]{factor:.2f}[/]"
-
-    for row in rows:
-        table.add_row(
-            row.mask,
-            number(row.density, "{:.3f}"),
-            number(row.plan, scale=1e3),
-            number(row.forward, scale=1e3),
-            number(row.forward_tflops, "{:.3f}" if row.forward_tflops < 10 else "{:.0f}"),
-            ratio(row.peer_forward, row.forward),
-            number(row.backward, scale=1e3),
-            number(row.backward_tflops, "{:.3f}" if row.forward_tflops < 10 else "{:.0f}"),
-            ratio(row.peer_backward, row.backward),
-        )
-    return table
+    return command.run(options)
 
 
 # ---- doctor -------------------------------------------------------------------------------------

@@ -330,8 +330,8 @@ def top_keys(scores: Any, keep: int, q_len: int | None = None) -> Mask:
     key never comes back, so the whole mask is one integer a key.
 
     Args:
-        scores: [batch, heads, kv_len], of any floating type, on the CPU; heads is any divisor of
-            the query heads.
+        scores: [batch, heads, kv_len], of any floating type; heads is any divisor of the query
+            heads. Selected where they live, on a GPU without host synchronisation.
         keep: how many keys a query sees at most.
         q_len: queries; as many as keys by default.
 

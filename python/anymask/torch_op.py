@@ -291,8 +291,13 @@ def _score_options(
     if dropout_p == 0.0:
         seed_offset = None
     elif seed_offset is None:
-        seed_offset = torch.randint(2**63 - 1, (2,), device=device)
+        seed_offset = drawn_seed(device)
     return _scores.ScoreOptions(key_bias, bias, sink, seed_offset, dropout_p, softcap)
+
+
+def drawn_seed(device: torch.device) -> Tensor:
+    """A fresh seed and offset from torch's generator of a device, without waiting for it."""
+    return torch.randint(2**63 - 1, (2,), device=device)
 
 
 def _seed_offset(seed: Any, device: torch.device) -> Tensor:

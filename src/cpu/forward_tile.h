@@ -195,10 +195,10 @@ inline void strip_step(const ForwardScratch<Math>& scratch, const ForwardJob& jo
       range.next_v};
   for_blocks(0, keys, scores);
   if (job.changes.any) {
-    for (int n = 0; n < N; ++n) highest[n] = before[n];
     const T* biases = static_cast<const T*>(job.changes.biases);
     if (biases != nullptr) biases += (strip * tile.keys + range.begin) * kStrip<Math>;
-    make_logits<Math, N>(job.changes, job.scale, biases, keys, scratch.scores, highest);
+    make_logits<Math, N>(job.changes, job.scale, biases, keys, scratch.scores, highest_at);
+    for (int n = 0; n < N; ++n) highest[n] = load<Vec>(highest_at + n * kLanes);
   }
 
   Vec shift[N], keep[N], sum[N];

@@ -4,6 +4,7 @@
 #include "cpu/backward_tile.h"
 #include "cpu/forward_tile.h"
 #include "cpu/philox_rows.h"
+#include "cpu/run_words.h"
 
 namespace anymask::cpu::ANYMASK_ISA {
 
@@ -38,6 +39,7 @@ inline constexpr Kernels kTable = {
     {backward_kernel<MathF32, InF32>(), backward_kernel<MathF32, InF16>(),
      backward_kernel<MathOfBf16, InBf16>(), backward_kernel<MathF64, InF64>()},
     {spin<MathF32>, spin<MathF32>, spin<MathOfBf16>, spin<MathF64>},
+    run_words,
 };
 
 }  // namespace anymask::cpu::ANYMASK_ISA

@@ -144,6 +144,10 @@ struct Kernels {
   BackwardKernel backward[kElements];
   // Multiply-adds on registers only: returns the floating-point operations done.
   double (*spin[kElements])(int64_t rounds);
+  // words[key] = the rows [begin[key], end[key]) of the 32 from first_row on; `add`: beside those
+  // that are there.
+  void (*run_words)(const int32_t* begin, const int32_t* end, int keys, int first_row, bool add,
+                    uint32_t* words);
 };
 
 // nullptr where this build has no such kernels.

@@ -8,6 +8,7 @@
 
 #include "cpu/key_order.h"
 #include "cpu/threads.h"
+#include "cpu/tile_classes.h"
 #include "rules/evaluate.h"
 
 namespace anymask::cpu {
@@ -84,52 +85,50 @@ void pack_dense(const Program& program, const rules::Node& dense, const rules::N
 
 // ---- tile maps ----------------------------------------------------------------------------------
 
-// A rectangle of tiles: row tiles [row_begin, row_end) x key tiles [column_begin, column_end).
-struct TileRange {
-  int row_begin, row_end, column_begin, column_end;
-};
+// Tiles of a task: some 0.1 ms for most masks.
+constexpr int kTaskTiles = 16384;
 
+// Fills the row map of one place.
 class MapBuilder {
  public:
-  MapBuilder(const Program& program, const TileMap& map, int64_t place_index)
+  MapBuilder(const Program& program, const TileClasses& classes, const TileMap& map,
+             int64_t place_index)
       : program_(program),
+        classes_(classes),
         map_(map),
         place_(place_of(program, place_index)),
         first_row_tile_(place_index * map.outer_tiles) {}
 
   // Halves a rectangle of tiles until it is of one class: a large uniform area costs one look.
   // Rectangles of different row tiles touch different words, so they may run in parallel.
-  void fill(const TileRange& range) const {
-    const Tile tile = tile_of(range);
-    const int rows = range.row_end - range.row_begin;
-    const int columns = range.column_end - range.column_begin;
-    const bool single = rows == 1 && columns == 1;
-    const TileClass found =
-        single ? exact_class(program_, place_, tile) : tile_class(program_, place_, tile);
-    if (found != rules::kSome || single) return set(range, found);
-    TileRange first = range, second = range;
-    if (rows >= columns) {
-      first.row_end = second.row_begin = range.row_begin + rows / 2;
-    } else {
-      first.column_end = second.column_begin = range.column_begin + columns / 2;
+  void fill(Span rows, Span keys) const {
+    if (rows.index >= classes_.rows().count(rows.level) ||
+        keys.index >= classes_.keys().count(keys.level)) {
+      return;
     }
-    fill(first);
-    fill(second);
+    const rules::Known known = classes_.known(place_, rows, keys);
+    if (rules::may_hold(known) != rules::kSome) return set(rows, keys, rules::may_hold(known));
+    if (rows.level == 0 && keys.level == 0) {
+      const bool sure = rules::surely_holds(known) == rules::kSome;
+      return set(rows, keys,
+                 sure ? rules::kSome : exact_class(program_, place_, classes_.tile(rows, keys)));
+    }
+    const bool split_rows = rows.level >= keys.level;
+    Span& split = split_rows ? rows : keys;
+    split = {split.level - 1, 2 * split.index};
+    fill(rows, keys);
+    ++split.index;
+    fill(rows, keys);
   }
 
  private:
-  Tile tile_of(const TileRange& range) const {
-    const plan::TileShape shape = map_.shape;
-    return {range.row_begin * shape.rows, std::min(range.row_end * shape.rows, program_.q_len),
-            range.column_begin * shape.columns,
-            std::min(range.column_end * shape.columns, program_.kv_len)};
-  }
-
-  void set(const TileRange& range, TileClass found) const {
+  void set(Span rows, Span keys, TileClass found) const {
     if (found == rules::kNone) return;
-    for (int row = range.row_begin; row < range.row_end; ++row) {
+    const int row_end = std::min((rows.index + 1) << rows.level, map_.outer_tiles);
+    const int column_end = std::min((keys.index + 1) << keys.level, map_.inner_tiles);
+    for (int row = rows.index << rows.level; row < row_end; ++row) {
       const int64_t first_word = (first_row_tile_ + row) * map_.words;
-      for (int column = range.column_begin; column < range.column_end; ++column) {
+      for (int column = keys.index << keys.level; column < column_end; ++column) {
         const uint32_t bit = 1u << (column % 32);
         const bool beyond_keys = (column + 1) * map_.shape.columns > program_.kv_len;
         map_.visible[first_word + column / 32] |= bit;
@@ -139,6 +138,7 @@ class MapBuilder {
   }
 
   const Program& program_;
+  const TileClasses& classes_;
   const TileMap& map_;
   const Place place_;
   const int64_t first_row_tile_;
@@ -149,13 +149,15 @@ void build_row_map(const Program& program, const TileMap& map) {
   std::fill_n(map.visible, all * map.words, 0u);
   std::fill_n(map.hidden, all * map.words, 0u);
   if (all == 0 || map.inner_tiles == 0) return;
-  // Strips of 32 row tiles: enough tasks for many cores, rectangles large enough to settle early.
-  constexpr int kStrip = 32;
-  const int strips = (map.outer_tiles + kStrip - 1) / kStrip;
-  parallel_for(plan::places(program) * strips, [&](int64_t task, int) {
-    const int begin = static_cast<int>(task % strips) * kStrip;
-    const MapBuilder builder(program, map, task / strips);
-    builder.fill({begin, std::min(begin + kStrip, map.outer_tiles), 0, map.inner_tiles});
+  const TileClasses classes(program, map.shape);
+  // Strips of row tiles, as large as a task may be: large rectangles settle early.
+  int level = 0;
+  while (level + 1 < classes.rows().levels() && map.inner_tiles << level < kTaskTiles) ++level;
+  const int strips = classes.rows().count(level);
+  const int64_t group = std::max(1, kTaskTiles / (map.inner_tiles << level));
+  parallel_in_groups(plan::places(program) * strips, group, [&](int64_t index) {
+    const MapBuilder builder(program, classes, map, index / strips);
+    builder.fill({level, static_cast<int>(index % strips)}, {classes.keys().levels() - 1, 0});
   });
 }
 
@@ -165,10 +167,12 @@ void transpose_map(const Program& program, const TileMap& rows, const TileMap& c
   std::fill_n(columns.visible, all * columns.words, 0u);
   std::fill_n(columns.hidden, all * columns.words, 0u);
   if (all == 0 || rows.outer_tiles == 0) return;
-  // One task per word of the row map: the 32 key tiles of that word are its own.
-  parallel_for(plan::places(program) * rows.words, [&](int64_t task, int) {
-    const int64_t place = task / rows.words;
-    const int64_t word = task % rows.words;
+  // By words of the row map: the 32 key tiles of a word are its own. 8 tiles take as long as one
+  // takes to be classed.
+  const int64_t group = std::max(1, kTaskTiles / 4 / rows.outer_tiles);
+  parallel_in_groups(plan::places(program) * rows.words, group, [&](int64_t index) {
+    const int64_t place = index / rows.words;
+    const int64_t word = index % rows.words;
     for (int row = 0; row < rows.outer_tiles; ++row) {
       const int64_t from = (place * rows.outer_tiles + row) * rows.words + word;
       const uint32_t bit = 1u << (row % 32);

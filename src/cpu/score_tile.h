@@ -133,14 +133,17 @@ struct Capping {
   }
 };
 
-// A strip's scores [key][row] to logits in place, and their maxima. Pairs that the mask hides are
-// -inf before and after.
+// A strip's scores [key][row] to logits in place, and the rows' maxima raised to theirs. Pairs that
+// the mask hides are -inf before and after. Not inlined: it would cost its caller registers.
 template <class Math, int N>
-inline void make_logits(const ScoreChanges& changes, double scale, const typename Math::T* biases,
-                        int keys, typename Math::T* scores, typename Math::Vec (&highest)[N]) {
+__attribute__((noinline)) void make_logits(const ScoreChanges& changes, double scale,
+                                           const typename Math::T* biases, int keys,
+                                           typename Math::T* scores, typename Math::T* highest_at) {
   using Vec = typename Math::Vec;
   const Capping<Vec> capping(changes, scale);
   const Vec hidden = splat<Vec>(-__builtin_inff());
+  Vec highest[N];
+  for (int n = 0; n < N; ++n) highest[n] = load<Vec>(highest_at + n * kLanesOf<Math>);
   for (int key = 0; key < keys; ++key) {
     ANYMASK_UNROLL
     for (int n = 0; n < N; ++n) {
@@ -154,6 +157,7 @@ inline void make_logits(const ScoreChanges& changes, double scale, const typenam
       store(scores + at, logit);
     }
   }
+  for (int n = 0; n < N; ++n) store(highest_at + n * kLanesOf<Math>, highest[n]);
 }
 
 // ---- dropout ------------------------------------------------------------------------------------
@@ -161,7 +165,8 @@ inline void make_logits(const ScoreChanges& changes, double scale, const typenam
 // Clears the weights [key][row] of a strip (bf16: pairs of keys) that are dropped. `kept`: words of
 // the strip's first key; `shift`: its first row's bit.
 template <class Math, int N>
-inline void drop_weights(const uint32_t* kept, int shift, int keys, typename Math::T* weights) {
+__attribute__((noinline)) void drop_weights(const uint32_t* kept, int shift, int keys,
+                                            typename Math::T* weights) {
   using Vec = typename Math::Vec;
   for (int key = 0; key < keys; key += Math::kPair) {
     ANYMASK_UNROLL

@@ -2,6 +2,7 @@
 // small pool of the library's own. An OpenMP runtime inside the wheel would fight with torch's.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 
@@ -18,5 +19,15 @@ int threads();
 // 0: threads(), which another thread may change at any time.
 void parallel_for(int64_t count, const std::function<void(int64_t index, int thread)>& task,
                   int team = 0);
+
+// Calls body(index) likewise, `group` neighbours a task: for calls that are too short to wake a
+// thread for (20 us and more, milliseconds where other processes want its core).
+template <class Body>
+void parallel_in_groups(int64_t count, int64_t group, const Body& body) {
+  parallel_for((count + group - 1) / group, [&](int64_t task, int) {
+    const int64_t end = std::min(count, (task + 1) * group);
+    for (int64_t index = task * group; index < end; ++index) body(index);
+  });
+}
 
 }  // namespace anymask::cpu

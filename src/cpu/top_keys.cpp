@@ -1,15 +1,14 @@
 // Dynamic masks on the host: which row each key is last kept for.
+#include "cpu/top_keys.h"
+
 #include <algorithm>
 #include <bit>
 #include <queue>
-#include <string>
 #include <vector>
 
-#include "anymask/mask.hpp"
 #include "cpu/threads.h"
-#include "mask/describe.h"
 
-namespace anymask {
+namespace anymask::cpu {
 namespace {
 
 // Orders keys by score, then by index, in one integer: larger is better. Floats compare as their
@@ -40,25 +39,8 @@ void select(const float* scores, int64_t stride, int64_t kv_len, int64_t keep, i
 }  // namespace
 
 void top_keys(const Tensor& scores, int64_t keep, int64_t q_len, const Tensor& ends) {
-  if (scores.dtype != DType::f32) fail_dtype("scores", scores.dtype, "float32");
-  if (scores.ndim != 3) fail_shape("scores", scores, "[batch, heads, kv_len]");
-  if (keep < 0) {
-    throw InvalidValue("keep is " + std::to_string(keep) + "; it must be 0 or more");
-  }
-  const int64_t batches = scores.shape[0], heads = scores.shape[1], kv_len = scores.shape[2];
-  if (q_len < 0 || q_len >= (1 << 30) || kv_len >= (1 << 30)) {
-    throw InvalidValue("q_len is " + std::to_string(q_len) + " and kv_len " +
-                       std::to_string(kv_len) + "; both must be from 0 to 2^30 - 1");
-  }
-  const int64_t wanted[4] = {batches, heads, kv_len, 1};
-  if (ends.dtype != DType::i32) fail_dtype("ends", ends.dtype, "int32");
-  if (ends.ndim != 4 || !std::equal(wanted, wanted + 4, ends.shape)) {
-    fail_shape("ends", ends, shape_text({batches, heads, kv_len, 1}));
-  }
-  if (scores.device.type != DeviceType::cpu || ends.device.type != DeviceType::cpu) {
-    throw InvalidType("scores and ends must be on the CPU");
-  }
-  cpu::parallel_for(batches * heads, [&](int64_t place, int) {
+  const int64_t heads = scores.shape[1], kv_len = scores.shape[2];
+  parallel_for(scores.shape[0] * heads, [&](int64_t place, int) {
     const auto* from = static_cast<const float*>(scores.data) + place / heads * scores.stride[0] +
                        place % heads * scores.stride[1];
     select(from, scores.stride[2], kv_len, keep, q_len,
@@ -66,4 +48,4 @@ void top_keys(const Tensor& scores, int64_t keep, int64_t q_len, const Tensor& e
   });
 }
 
-}  // namespace anymask
+}  // namespace anymask::cpu

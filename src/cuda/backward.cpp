@@ -33,13 +33,13 @@ constexpr int kPrepareThreads = 256;
 // ---- variants -----------------------------------------------------------------------------------
 
 // docs/kernels/backward.md has the reasons.
-constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, bool machine,
+constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
                                  bool chained) {
   BackwardConfig c{};
   c.half = half;
   c.chained = chained;
-  c.machine = machine;
-  c.bit_slots = 4;
+  c.mask_path = static_cast<int32_t>(masks);
+  c.bit_slots = masks == MaskPath::kRuns ? 2 : 4;
   c.slope_slots = 1;
   c.o_stages = 2;
   if (std::max(head_dim, v_head_dim) > 128) {
@@ -69,7 +69,7 @@ constexpr bool variants_fit() {
   constexpr int kSharedBytes = 227 * 1024;
   for (const int depth : kDims) {
     for (const int value_depth : kDims) {
-      const BackwardConfig c = variant(depth, value_depth, false, false, true);
+      const BackwardConfig c = variant(depth, value_depth, false, MaskPath::kRecipe, true);
       // What the launch deals out in eights a thread is what the warpgroups can trade.
       const int at_launch = 65536 / c.threads() / 8 * 8 * c.warpgroups();
       if (c.shared_bytes() > kSharedBytes || c.registers() > at_launch) return false;
@@ -92,9 +92,9 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
   }
   KernelConfig config;
   config.family = &family;
-  config.values = {c.half,     c.depth,          c.value_depth,     c.wide,          c.k_stages,
-                   c.q_stages, c.o_stages,       c.slope_slots,     c.chained,       c.bit_slots,
-                   c.machine,  c.math_registers, c.query_registers, c.load_registers};
+  config.values = {c.half,      c.depth,          c.value_depth,     c.wide,          c.k_stages,
+                   c.q_stages,  c.o_stages,       c.slope_slots,     c.chained,       c.bit_slots,
+                   c.mask_path, c.math_registers, c.query_registers, c.load_registers};
   config.count = 14;
   config.threads = &family == &kFinish ? 128 * c.parts() : main ? c.threads() : kPrepareThreads;
   config.shared_bytes = main ? c.shared_bytes() : 0;
@@ -134,14 +134,29 @@ void set_strides(const Tensor& tensor, int64_t& batch, int64_t& row, int64_t& he
   head = tensor.stride[2];
 }
 
-// How many (batch, kv head) pairs run together: as many as have Q, dO and the float32 dQ of their
-// query heads in two fifths of L2.
-int64_t chunk_of(const Problem& problem, int64_t l2_bytes) {
-  const int64_t bytes = problem.q_len * (problem.q_heads / problem.kv_heads) *
-                        (problem.head_dim * 6 + problem.v_head_dim * 2);
-  const int64_t pairs = problem.batch * problem.kv_heads;
-  return std::clamp<int64_t>(l2_bytes * 2 / 5 / std::max<int64_t>(1, bytes), 1, pairs);
-}
+// How many (batch, kv head) pairs, and which at the end, run together.
+struct Chunks {
+  int64_t size, tail;
+
+  // As many pairs as have Q, dO and the float32 dQ of their query heads in two fifths of L2. But
+  // the last ones run together whatever the cache holds, four items for every multiprocessor:
+  // heaviest first only balances where there is something to sort (causal, S = 8192, B = 4: 525 ->
+  // 548 TFLOP/s). With grouped heads items are so heavy that this goes for all (458 -> 530).
+  // Chained, blocks of a pair have to run together.
+  Chunks(const Problem& problem, const Gpu& gpu, int64_t key_tiles, bool chained) {
+    const int64_t group = problem.q_heads / problem.kv_heads;
+    const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
+    const int64_t pairs = problem.batch * problem.kv_heads;
+    const int64_t enough =
+        chained ? 1
+                : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
+    size = gpu.l2_bytes * 2 / 5 / std::max<int64_t>(1, bytes);
+    if (group > 1) size = std::max(size, enough);
+    size = std::clamp<int64_t>(size, 1, pairs);
+    tail = std::min(enough, pairs);
+    tail += (pairs - tail) % size;  // before them, whole chunks
+  }
+};
 
 int32_t checked_count(int64_t count, const char* what) {
   if (count > INT32_MAX) {
@@ -158,6 +173,9 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.k = tensor_map(call.k, config.columns());
   params.v = tensor_map(call.v, config.columns());
   params.out_grad = tensor_map(call.dout, kBackwardRows);
+  constexpr int kGradRows = 16;
+  params.k_grad_map = tensor_map(call.dk, kGradRows);
+  params.v_grad_map = tensor_map(call.dv, kGradRows);
   params.out = call.out.data;
   set_strides(call.out, params.out_batch_stride, params.out_row_stride, params.out_head_stride);
   params.grad = call.dout.data;
@@ -200,17 +218,23 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   return params;
 }
 
+// Sums in a fixed order do without the kernels' clearing and converting, which is worth more than
+// waiting costs where a pass is short (S = 1024, documents: 194 against 162 TFLOP/s).
+bool is_chained(const Problem& problem, bool deterministic) {
+  return deterministic || problem.q_len <= 2048;
+}
+
 }  // namespace
 
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
-  const BackwardConfig c = variant(head_dim, v_head_dim, false, false, false);
+  const BackwardConfig c = variant(head_dim, v_head_dim, false, MaskPath::kRuns, false);
   return {c.rows(), c.columns()};
 }
 
 int64_t backward_workspace(const Problem& problem, bool deterministic) {
   const int64_t tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
-  return Workspace(tiles,
-                   variant(problem.head_dim, problem.v_head_dim, false, false, deterministic))
+  return Workspace(tiles, variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
+                                  is_chained(problem, deterministic)))
       .bytes;
 }
 
@@ -227,9 +251,13 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   check_layout(call.dv, "dv");
 
   const bool half = call.q.dtype == DType::f16;
-  const bool machine = recipe_of(*call.program).usable == 0;
-  const BackwardConfig config =
-      variant(problem.head_dim, problem.v_head_dim, half, machine, call.deterministic);
+  const RunRecipe recipe = recipe_of(*call.program);
+  // Runs with holes are handed over too here, and ids have no code of their own.
+  const MaskPath masks = recipe.usable == 0 ? MaskPath::kMachine
+                         : recipe.bits >= 0 ? MaskPath::kRecipe
+                                            : MaskPath::kRuns;
+  const bool chained = is_chained(problem, call.deterministic);
+  const BackwardConfig config = variant(problem.head_dim, problem.v_head_dim, half, masks, chained);
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
@@ -237,7 +265,9 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const Kernel& main = kernel(kernel_config(kMain, config), ordinal);
 
   BackwardParams params = params_of(call, problem, config);
-  params.chunk = static_cast<int32_t>(chunk_of(problem, gpu(ordinal).l2_bytes));
+  const Chunks chunks(problem, gpu(ordinal), call.columns.outer_tiles, chained);
+  params.chunk = static_cast<int32_t>(chunks.size);
+  params.tail = static_cast<int32_t>(chunks.tail);
   char* workspace = static_cast<char*>(call.workspace);
   const Workspace layout(tiles, config);
   params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
@@ -267,10 +297,10 @@ std::vector<KernelConfig> backward_kernels() {
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
       for (const bool chained : {false, true}) {
-        for (const bool machine : {false, true}) {
-          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, machine, chained)));
+        for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine}) {
+          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, masks, chained)));
         }
-        const BackwardConfig c = variant(depth, value_depth, half, false, chained);
+        const BackwardConfig c = variant(depth, value_depth, half, MaskPath::kRuns, chained);
         all.push_back(kernel_config(kPrepare, c));
         if (!chained) all.push_back(kernel_config(kFinish, c));
       }

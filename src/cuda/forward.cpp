@@ -27,11 +27,11 @@ constexpr int padded(int64_t depth) {
   return depth <= 64 ? 64 : depth <= 128 ? 128 : depth <= 192 ? 192 : 256;
 }
 
+constexpr int kSharedBytes = 227 * 1024;  // of a block
+
 // What the measurements in docs/kernels/forward.md chose. Output and scores of a math warpgroup
 // must fit its registers: up to 128 output columns leave room for three warpgroups, which share
 // each tile of K and V; wider outputs for two, whose products then overlap their own softmax.
-constexpr int kSharedBytes = 227 * 1024;
-
 constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath masks,
                                 int32_t features = 0) {
   ForwardConfig c{};
@@ -72,17 +72,6 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
   while (c.shared_bytes() > kSharedBytes && c.bit_slots > 1) --c.bit_slots;
   while (c.shared_bytes() > kSharedBytes && c.v_stages > 1) --c.v_stages;
   return c;
-}
-
-MaskPath mask_path(const rules::Program& program, const RunRecipe& recipe) {
-  using rules::IntervalForm;
-  if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
-  bool one_run = recipe.bits < 0 && recipe.ids < 0;
-  if (recipe.intervals >= 0) {
-    const auto form = static_cast<IntervalForm>(program.nodes[recipe.intervals].flag);
-    one_run = one_run && (form == IntervalForm::kFrom || form == IntervalForm::kOutside);
-  }
-  return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
 }
 
 constexpr int kDepths[] = {64, 128, 192, 256};
@@ -148,9 +137,8 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   ForwardParams params{};
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
-  const ForwardConfig config =
-      variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-              mask_path(*call.program, params.recipe), features_of(*call.scores));
+  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
+                                       mask_path(params.recipe), features_of(*call.scores));
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 

@@ -7,10 +7,11 @@ namespace anymask::rules {
 
 // A stack of five named places. Pushing and popping move registers: an array indexed at run time
 // would live in local memory on a GPU.
+template <typename Value>
 struct Stack {
-  uint32_t top = 0, second = 0, third = 0, fourth = 0, fifth = 0;
+  Value top{}, second{}, third{}, fourth{}, fifth{};
 
-  ANYMASK_RULE void push(uint32_t value) {
+  ANYMASK_RULE void push(Value value) {
     fifth = fourth;
     fourth = third;
     third = second;
@@ -18,7 +19,7 @@ struct Stack {
     top = value;
   }
   // Replaces the two upper places by `value`.
-  ANYMASK_RULE void join(uint32_t value) {
+  ANYMASK_RULE void join(Value value) {
     top = value;
     second = third;
     third = fourth;
@@ -26,6 +27,45 @@ struct Stack {
   }
 };
 static_assert(kMaxDepth == 5);
+
+// Runs a program on values of any kind: `leaf` gives those of the leaves, `Joins` says what the
+// operators do with them.
+template <typename Joins, typename Leaf>
+ANYMASK_RULE auto evaluate(const Program& program, const Leaf& leaf) {
+  Stack<typename Joins::Value> stack;
+  for (int i = 0; i < program.count; ++i) {
+    const Node& node = program.nodes[i];
+    switch (node.op) {
+      case Op::kNot:
+        stack.top = Joins::complement(stack.top);
+        break;
+      case Op::kAnd:
+        stack.join(Joins::both(stack.top, stack.second));
+        break;
+      case Op::kOr:
+        stack.join(Joins::either(stack.top, stack.second));
+        break;
+      default:
+        stack.push(leaf(node));
+        break;
+    }
+  }
+  return stack.top;
+}
+
+struct JoinClasses {
+  using Value = TileClass;
+  ANYMASK_RULE static Value complement(Value a) { return class_not(a); }
+  ANYMASK_RULE static Value both(Value a, Value b) { return class_and(a, b); }
+  ANYMASK_RULE static Value either(Value a, Value b) { return class_or(a, b); }
+};
+
+struct JoinWords {
+  using Value = uint32_t;
+  ANYMASK_RULE static Value complement(Value a) { return ~a; }
+  ANYMASK_RULE static Value both(Value a, Value b) { return a & b; }
+  ANYMASK_RULE static Value either(Value a, Value b) { return a | b; }
+};
 
 // The caller's key at a position of the plan.
 ANYMASK_RULE int key_at(const Program& program, Place place, int position) {
@@ -37,25 +77,8 @@ ANYMASK_RULE int key_at(const Program& program, Place place, int position) {
 
 // The class of a tile of the caller's keys.
 ANYMASK_RULE TileClass key_class(const Program& program, Place place, const Tile& tile) {
-  Stack stack;
-  for (int i = 0; i < program.count; ++i) {
-    const Node& node = program.nodes[i];
-    switch (node.op) {
-      case Op::kNot:
-        stack.top = class_not(stack.top);
-        break;
-      case Op::kAnd:
-        stack.join(class_and(stack.top, stack.second));
-        break;
-      case Op::kOr:
-        stack.join(class_or(stack.top, stack.second));
-        break;
-      default:
-        stack.push(leaf_class(node, place, tile));
-        break;
-    }
-  }
-  return stack.top;
+  return evaluate<JoinClasses>(program,
+                               [&](const Node& node) { return leaf_class(node, place, tile); });
 }
 
 // The class of a tile of the plan. Reordered keys are no range: each is asked about on its own.
@@ -75,25 +98,9 @@ ANYMASK_RULE TileClass tile_class(const Program& program, Place place, const Til
 ANYMASK_RULE uint32_t column_word(const Program& program, Place place, int position,
                                   int first_row) {
   const int key = key_at(program, place, position);
-  Stack stack;
-  for (int i = 0; i < program.count; ++i) {
-    const Node& node = program.nodes[i];
-    switch (node.op) {
-      case Op::kNot:
-        stack.top = ~stack.top;
-        break;
-      case Op::kAnd:
-        stack.join(stack.top & stack.second);
-        break;
-      case Op::kOr:
-        stack.join(stack.top | stack.second);
-        break;
-      default:
-        stack.push(leaf_word(node, place, key, first_row, program.q_len));
-        break;
-    }
-  }
-  return stack.top;
+  return evaluate<JoinWords>(program, [&](const Node& node) {
+    return leaf_word(node, place, key, first_row, program.q_len);
+  });
 }
 
 }  // namespace anymask::rules

@@ -5,45 +5,115 @@
 
 namespace anymask::rules {
 
-// All rows that see a key lie in [first, last); last 0: none does.
+// Rows [first, last). No rows: last is 0 and first is behind the last row.
 struct KeyRows {
   int32_t first, last;
 };
 
-ANYMASK_RULE bool any_row_sees(const Program& program, Place place, int key, int row_begin,
-                               int row_end) {
-  const Tile column = {row_begin, row_end, key, key + 1};
-  return (key_class(program, place, column) & kVisible) != 0;
+// A key's column from a distance: all rows that see the key lie in `visible`, all that do not in
+// `hidden`, as tightly as `&`, `|` and `~` of such bounds can tell.
+struct ColumnRows {
+  KeyRows visible, hidden;
+};
+
+inline constexpr KeyRows kNoRows = {0x7fffffff, 0};
+
+ANYMASK_RULE constexpr KeyRows rows_between(int begin, int end) {
+  return begin < end ? KeyRows{begin, end} : kNoRows;
+}
+ANYMASK_RULE constexpr KeyRows rows_of_both(KeyRows a, KeyRows b) {
+  return rows_between(max_of(a.first, b.first), min_of(a.last, b.last));
+}
+ANYMASK_RULE constexpr KeyRows rows_of_either(KeyRows a, KeyRows b) {
+  return {min_of(a.first, b.first), max_of(a.last, b.last)};
 }
 
-// Halves the rows with the column's class over each half: about 2 log2(rows) looks.
-ANYMASK_RULE KeyRows rows_that_see(const Program& program, Place place, int key) {
-  if (program.q_len == 0 || !any_row_sees(program, place, key, 0, program.q_len)) {
-    return {program.q_len, 0};
+struct JoinColumnRows {
+  using Value = ColumnRows;
+  ANYMASK_RULE static Value complement(Value a) { return {a.hidden, a.visible}; }
+  ANYMASK_RULE static Value both(Value a, Value b) {
+    return {rows_of_both(a.visible, b.visible), rows_of_either(a.hidden, b.hidden)};
   }
-  int low = 0, high = program.q_len;  // the first row lies in [low, high)
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    (any_row_sees(program, place, key, low, middle) ? high : low) = middle;
+  ANYMASK_RULE static Value either(Value a, Value b) {
+    return {rows_of_either(a.visible, b.visible), rows_of_both(a.hidden, b.hidden)};
   }
-  const int first = low;
-  high = program.q_len;  // and so does the last
-  while (high - low > 1) {
-    const int middle = low + (high - low) / 2;
-    (any_row_sees(program, place, key, middle, high) ? low : high) = middle;
-  }
-  return {first, low + 1};
+};
+
+// ---- leaves -------------------------------------------------------------------------------------
+
+// A column that the rows of one run see, and the others do not.
+ANYMASK_RULE ColumnRows rows_of_run(int begin, int end, int q_len) {
+  const KeyRows inside = rows_between(max_of(begin, 0), min_of(end, q_len));
+  if (inside.last == 0) return {kNoRows, rows_between(0, q_len)};
+  return {inside, rows_of_either(rows_between(0, inside.first), rows_between(inside.last, q_len))};
 }
+
+ANYMASK_RULE ColumnRows intervals_rows(const Node& node, Place place, int column, int q_len) {
+  const MaskedRuns runs = masked_runs(node, place, column);
+  const auto hidden = [q_len](int begin, int end) {
+    return rows_between(max_of(begin, 0), min_of(end, q_len));
+  };
+  // From both ends through whichever run holds the row: 1, 2, 1 covers either order.
+  int first = 0, last = q_len;
+  for (int i = 0; i < 2; ++i) {
+    if (runs.begin1 <= first) first = max_of(first, runs.end1);
+    if (runs.begin2 <= first) first = max_of(first, runs.end2);
+    if (runs.end1 >= last) last = min_of(last, runs.begin1);
+    if (runs.end2 >= last) last = min_of(last, runs.begin2);
+  }
+  return {rows_between(max_of(first, 0), last),
+          rows_of_either(hidden(runs.begin1, runs.end1), hidden(runs.begin2, runs.end2))};
+}
+
+// Any leaf, to the word: from either end until some row sees the key and some does not.
+ANYMASK_RULE ColumnRows rows_of_words(const Node& node, Place place, int column, int q_len) {
+  ColumnRows all = {kNoRows, kNoRows};
+  const auto look = [&](int row) {
+    const KeyRows rows = {row, min_of(row + kWordRows, q_len)};
+    const TileClass found =
+        class_of_word(leaf_word(node, place, column, row, q_len), low_bits(q_len - row));
+    if ((found & kVisible) != 0) all.visible = rows_of_either(all.visible, rows);
+    if ((found & kHidden) != 0) all.hidden = rows_of_either(all.hidden, rows);
+    return found;
+  };
+  int begin = 0, end = (q_len + kWordRows - 1) / kWordRows * kWordRows;
+  for (TileClass seen = 0; begin < end && seen != kSome; begin += kWordRows) seen |= look(begin);
+  for (TileClass seen = 0; begin < end && seen != kSome; end -= kWordRows) {
+    seen |= look(end - kWordRows);
+  }
+  return all;
+}
+
+ANYMASK_RULE ColumnRows leaf_rows(const Node& node, Place place, int column, int q_len) {
+  switch (node.op) {
+    case Op::kBand:
+      return rows_of_run(column - node.hi, column - node.lo + 1, q_len);
+    case Op::kIntervals:
+      return intervals_rows(node, place, column, q_len);
+    case Op::kSegments: {
+      const Segment segment = segment_of(node, place, column);
+      return rows_of_run(segment.begin, segment.end, q_len);
+    }
+    case Op::kConstant:
+    case Op::kPrefix:
+      return rows_of_run(0, leaf_word(node, place, column, 0, q_len) != 0 ? q_len : 0, q_len);
+    default:
+      return rows_of_words(node, place, column, q_len);
+  }
+}
+
+// ---- programs -----------------------------------------------------------------------------------
 
 // What the mask heads that share order head `order_head` see of a key, together.
 ANYMASK_RULE KeyRows rows_of_order(const Program& program, int batch, int order_head, int key) {
-  KeyRows all = {program.q_len, 0};
+  KeyRows all = kNoRows;
   for (int i = 0; i < program.order_divisor; ++i) {
     const Place place = {batch, order_head * program.order_divisor + i};
-    const KeyRows seen = rows_that_see(program, place, key);
-    all = {min_of(all.first, seen.first), max_of(all.last, seen.last)};
+    const ColumnRows rows = evaluate<JoinColumnRows>(
+        program, [&](const Node& node) { return leaf_rows(node, place, key, program.q_len); });
+    all = rows_of_either(all, rows.visible);
   }
-  return all;
+  return {min_of(all.first, program.q_len), all.last};
 }
 
 // Seen keys are sorted by last row in sqrt(tiles) groups of sqrt(tiles) tiles each, rounded to the

@@ -92,20 +92,28 @@ ANYMASK_RULE MaskedRuns masked_runs(const Node& node, Place place, int column) {
   }
 }
 
+// Whether a run masks some of the rows [row_begin, row_end).
+ANYMASK_RULE bool run_meets(int begin, int end, int row_begin, int row_end) {
+  return begin < end && begin < row_end && end > row_begin;
+}
+
+// Whether the runs together leave one of the rows unmasked.
+ANYMASK_RULE bool runs_leave_row(const MaskedRuns& runs, int row_begin, int row_end) {
+  // Walk from the first row through whichever run holds it: 1, 2, 1 covers either order.
+  int row = row_begin;
+  if (runs.begin1 <= row) row = max_of(row, runs.end1);
+  if (runs.begin2 <= row) row = max_of(row, runs.end2);
+  if (runs.begin1 <= row) row = max_of(row, runs.end1);
+  return row < row_end;
+}
+
 ANYMASK_RULE TileClass intervals_class(const Node& node, Place place, const Tile& tile) {
   TileClass result = 0;
   for (int column = tile.column_begin; column < tile.column_end && result != kSome; ++column) {
     const MaskedRuns runs = masked_runs(node, place, column);
-    const bool meets1 =
-        runs.begin1 < runs.end1 && runs.begin1 < tile.row_end && runs.end1 > tile.row_begin;
-    const bool meets2 =
-        runs.begin2 < runs.end2 && runs.begin2 < tile.row_end && runs.end2 > tile.row_begin;
-    // Walk from the first row through whichever run holds it: 1, 2, 1 covers either order.
-    int row = tile.row_begin;
-    if (runs.begin1 <= row) row = max_of(row, runs.end1);
-    if (runs.begin2 <= row) row = max_of(row, runs.end2);
-    if (runs.begin1 <= row) row = max_of(row, runs.end1);
-    result |= class_of(row < tile.row_end, meets1 || meets2);
+    result |= class_of(runs_leave_row(runs, tile.row_begin, tile.row_end),
+                       run_meets(runs.begin1, runs.end1, tile.row_begin, tile.row_end) ||
+                           run_meets(runs.begin2, runs.end2, tile.row_begin, tile.row_end));
   }
   return result;
 }

@@ -1,6 +1,7 @@
 // Device memory for tests that need a GPU, through the library's own driver table.
 #pragma once
 
+#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <cstdint>
@@ -58,6 +59,41 @@ class DeviceCopies {
 
  private:
   std::vector<DeviceMemory> all_;
+};
+
+// What `body(stream)` queues, captured; through driver functions that the library has no use for.
+class CapturedGraph {
+ public:
+  template <typename Body>
+  explicit CapturedGraph(Body body) {
+    check(function<CuResult(CuStream*, uint32_t)>("cuStreamCreate")(&stream_, 1), "cuStreamCreate");
+    check(function<CuResult(CuStream, int)>("cuStreamBeginCapture_v2")(stream_, 0),
+          "cuStreamBeginCapture");
+    body(stream_);
+    void* graph = nullptr;
+    check(function<CuResult(CuStream, void**)>("cuStreamEndCapture")(stream_, &graph),
+          "cuStreamEndCapture");
+    check(function<CuResult(void**, void*, uint64_t)>("cuGraphInstantiateWithFlags")(&executable_,
+                                                                                     graph, 0),
+          "cuGraphInstantiate");
+  }
+
+  // After all work of the default stream; returns when done.
+  void replay() const {
+    check(driver().cuStreamSynchronize(nullptr), "cuStreamSynchronize");
+    check(function<CuResult(void*, CuStream)>("cuGraphLaunch")(executable_, stream_),
+          "cuGraphLaunch");
+    check(driver().cuStreamSynchronize(stream_), "cuStreamSynchronize");
+  }
+
+ private:
+  template <typename Function>
+  static Function* function(const char* name) {
+    return reinterpret_cast<Function*>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), name));
+  }
+
+  CuStream stream_ = nullptr;
+  void* executable_ = nullptr;
 };
 
 #define ANYMASK_NEEDS_GPU()                                          \

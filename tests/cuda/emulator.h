@@ -31,7 +31,7 @@ class EmulatedBlock {
  public:
   EmulatedBlock(int threads, std::function<void()> body)
       : body_(std::move(body)), fibers_(static_cast<size_t>(threads)) {
-    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique<char[]>(kStackBytes);
+    for (Fiber& fiber : fibers_) fiber.stack = std::make_unique_for_overwrite<char[]>(kStackBytes);
   }
 
   void run(unsigned block) {
@@ -54,13 +54,13 @@ class EmulatedBlock {
 
   // Every lane gives a value and gets those of its warp.
   template <typename T, typename Read>
-  T exchange(T value, Read read) {
+  auto exchange(T value, Read read) {
     static_assert(sizeof(T) <= 8);
     const size_t thread = threadIdx.x;
     Barrier& barrier = warp_barriers_[thread / 32];
     std::memcpy(&slots_[thread], &value, sizeof(T));
     wait(barrier);
-    const T result = read([&](size_t lane) {
+    const auto result = read([&](size_t lane) {
       T other;
       std::memcpy(&other, &slots_[thread / 32 * 32 + lane], sizeof(T));
       return other;
@@ -185,6 +185,14 @@ inline unsigned __reduce_or_sync(unsigned, unsigned value) {
   });
 }
 
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return EmulatedBlock::current().exchange(value, [](auto lane_value) {
+    unsigned lanes = 0;
+    for (size_t lane = 0; lane < 32; ++lane) lanes |= unsigned{lane_value(lane)} << lane;
+    return lanes;
+  });
+}
+
 inline unsigned __match_any_sync(unsigned, int value) {
   const size_t mine = threadIdx.x % 32;
   unsigned peers = 0;
@@ -198,6 +206,12 @@ inline unsigned __match_any_sync(unsigned, int value) {
 }
 
 inline int __clz(int value) { return std::countl_zero(static_cast<unsigned>(value)); }
+
+inline int __ffs(int value) {
+  return value == 0 ? 0 : std::countr_zero(static_cast<unsigned>(value)) + 1;
+}
+
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 
 inline int __popc(unsigned value) { return std::popcount(value); }
 

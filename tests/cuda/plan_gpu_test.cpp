@@ -1,5 +1,4 @@
 // Plans built on the GPU. Skipped without one.
-#include <dlfcn.h>
 #include <gtest/gtest.h>
 
 #include <thread>
@@ -36,22 +35,9 @@ TEST(PlanOnGpu, SmallSetMatchesPlanOnCpu) {
   check_plans(/*quickly=*/true, build_on_gpu);
 }
 
-// Graph functions that the library itself has no use for.
-template <typename Function>
-Function driver_function(const char* name) {
-  return reinterpret_cast<Function>(dlsym(dlopen("libcuda.so.1", RTLD_NOW), name));
-}
-
 // Run by itself, this also loads the kernels inside the capture.
 TEST(PlanOnGpu, IsCapturedInAGraphAndFollowsItsInputs) {
   ANYMASK_NEEDS_GPU();
-  const auto create_stream = driver_function<CuResult (*)(CuStream*, uint32_t)>("cuStreamCreate");
-  const auto begin = driver_function<CuResult (*)(CuStream, int)>("cuStreamBeginCapture_v2");
-  const auto end = driver_function<CuResult (*)(CuStream, void**)>("cuStreamEndCapture");
-  const auto instantiate =
-      driver_function<CuResult (*)(void**, void*, uint64_t)>("cuGraphInstantiateWithFlags");
-  const auto replay = driver_function<CuResult (*)(void*, CuStream)>("cuGraphLaunch");
-
   constexpr int kLength = 2000;
   constexpr plan::TileShapes kShapes = {{128, 128}, {64, 128}};
   std::vector<uint8_t> allowed(kLength * kLength, 0);
@@ -66,14 +52,8 @@ TEST(PlanOnGpu, IsCapturedInAGraphAndFollowsItsInputs) {
 
   const DeviceMemory buffer(static_cast<size_t>(plan::bytes_needed(program, kShapes)));
   const plan::Plan plan = plan::view(program, kShapes, buffer.data());
-  CuStream stream = nullptr;
-  check(create_stream(&stream, 1), "cuStreamCreate");
-  void* graph = nullptr;
-  void* executable = nullptr;
-  check(begin(stream, 0), "cuStreamBeginCapture");
-  build_plan(program, plan, nullptr, 0, stream);
-  check(end(stream, &graph), "cuStreamEndCapture");
-  check(instantiate(&executable, graph, 0), "cuGraphInstantiate");
+  const CapturedGraph graph(
+      [&](CuStream stream) { build_plan(program, plan, nullptr, 0, stream); });
 
   Random random(5);
   for (int round = 0; round < 3; ++round) {
@@ -82,9 +62,7 @@ TEST(PlanOnGpu, IsCapturedInAGraphAndFollowsItsInputs) {
     }
     mask.put(allowed.data());
     buffer.poison();
-    check(driver().cuStreamSynchronize(nullptr), "cuStreamSynchronize");
-    check(replay(executable, stream), "cuGraphLaunch");
-    check(driver().cuStreamSynchronize(stream), "cuStreamSynchronize");
+    graph.replay();
     expect_same_plan(host, kShapes, BuiltPlan{buffer.get(), plan, buffer.data()});
   }
 }

@@ -1,6 +1,7 @@
 // The rules against definitions written out pair by pair.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <functional>
 #include <random>
 #include <vector>
@@ -8,16 +9,46 @@
 #include "anymask/anymask.hpp"
 #include "mask/lower.h"
 #include "problem.h"
-#include "rules/evaluate.h"
+#include "rules/key_rows.h"
 
 namespace anymask {
 namespace {
 
 using Allowed = std::function<bool(int batch, int head, int row, int column)>;
 
+// The first row that sees a key and the one behind the last.
+rules::KeyRows true_rows(const rules::Program& program, const Allowed& allowed, int batch, int head,
+                         int column) {
+  rules::KeyRows rows = {program.q_len, 0};
+  for (int row = 0; row < program.q_len; ++row) {
+    if (!allowed(batch, head, row, column)) continue;
+    rows = {std::min(rows.first, row), row + 1};
+  }
+  return rows;
+}
+
+// A key's rows may only be more than those that see it.
+void expect_key_rows(rules::Program program, const Allowed& allowed, bool exact) {
+  program.order_divisor = 1;
+  for (int b = 0; b < program.batches; ++b) {
+    for (int h = 0; h < program.heads; ++h) {
+      for (int column = 0; column < program.kv_len; ++column) {
+        const rules::KeyRows truth = true_rows(program, allowed, b, h, column);
+        const rules::KeyRows found = rules::rows_of_order(program, b, h, column);
+        ASSERT_LE(found.first, truth.first) << "column " << column;
+        ASSERT_GE(found.last, truth.last) << "column " << column;
+        if (!exact) continue;
+        ASSERT_EQ(found.first, truth.first) << "column " << column;
+        ASSERT_EQ(found.last, truth.last) << "column " << column;
+      }
+    }
+  }
+}
+
 // Asks the rules about every pair and about random tiles and compares with the definition.
 void expect_mask(const Mask& mask, const Problem& problem, const Allowed& allowed) {
   const rules::Program program = lower(mask, problem);
+  expect_key_rows(program, allowed, false);
   std::mt19937 random(7);
   for (int b = 0; b < program.batches; ++b) {
     for (int h = 0; h < program.heads; ++h) {
@@ -150,6 +181,38 @@ TEST(Rules, TreesCombine) {
     const bool wide = j >= i - 20 && j <= i + 20;
     return (causal && !window) || (prefix && !causal) || !wide;
   });
+}
+
+TEST(Rules, RowsOfAKeyAreExactForRunsOfRows) {
+  std::mt19937 random(13);
+  constexpr int kRows = 75, kColumns = 90;
+  std::vector<int32_t> indices(kColumns * 4);
+  for (int32_t& value : indices) value = static_cast<int32_t>(random() % (kRows + 20)) - 10;
+  const int32_t* all = indices.data();
+  const Problem problem = small_problem(kRows, kColumns);
+  const auto tensor = [&](int n) {
+    return Tensor(indices.data(), DType::i32, {1, 1, kColumns, n});
+  };
+  const auto exact = [&](const Mask& mask, const auto& allowed) {
+    expect_key_rows(
+        lower(mask, problem), [&](int, int, int i, int j) { return allowed(i, j); }, true);
+  };
+  const auto is_causal = [](int i, int j) { return j <= i + kColumns - kRows; };
+  const auto evicted = [&](int i, int j) { return i >= all[j]; };
+  const auto outside = [&](int i, int j) { return i >= all[2 * j] || i < all[2 * j + 1]; };
+  const auto in_two = [&](int i, int j) {
+    const int32_t* x = all + 4 * j;
+    return (x[0] <= i && i < x[1]) || (x[2] <= i && i < x[3]);
+  };
+  // Evicted before it is reached: such a key is seen by nobody.
+  exact(intervals(tensor(1), true),
+        [&](int i, int j) { return is_causal(i, j) && !evicted(i, j); });
+  exact(intervals(tensor(2), false), [&](int i, int j) { return !outside(i, j); });
+  exact(~intervals(tensor(2), false), outside);
+  exact(intervals(tensor(4), false), [&](int i, int j) { return !in_two(i, j); });
+  exact(~intervals(tensor(4), false), in_two);
+  exact(~causal(), [&](int i, int j) { return !is_causal(i, j); });
+  exact(~sliding_window(9, 4) | full(), [](int, int) { return true; });
 }
 
 TEST(Rules, RunWordIsExactAtEveryEdge) {

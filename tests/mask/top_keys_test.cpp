@@ -70,6 +70,20 @@ TEST(TopKeys, RefusesWrongArguments) {
   EXPECT_THROW(top_keys(s, -1, 8, Tensor(ends.data(), DType::i32, {1, 1, 8, 1})), InvalidValue);
   EXPECT_THROW(top_keys(s, 2, 8, Tensor(ends.data(), DType::i32, {1, 1, 7, 1})), InvalidValue);
   EXPECT_THROW(top_keys(s, 2, 8, Tensor(ends.data(), DType::f32, {1, 1, 8, 1})), InvalidType);
+  const Tensor good(ends.data(), DType::i32, {1, 1, 8, 1});
+  EXPECT_THROW(top_keys(s, 2, -1, good), InvalidValue);
+  EXPECT_THROW(top_keys(Tensor(scores.data(), DType::f64, {1, 1, 4}), 2, 8, good), InvalidType);
+  Tensor gaps = good;
+  gaps.stride[2] = 2;
+  EXPECT_THROW(top_keys(s, 2, 8, gaps), InvalidValue);
+
+  const Device gpu = {DeviceType::cuda, 0};
+  const Tensor there(scores.data(), DType::f32, {1, 1, 8}, gpu);
+  EXPECT_THROW(top_keys(there, 2, 8, good), InvalidType);
+  const Tensor ends_there(ends.data(), DType::i32, {1, 1, 8, 1}, gpu);
+  EXPECT_THROW(top_keys(there, 2, 8, ends_there), InvalidValue);  // no workspace
+  EXPECT_EQ(top_keys_workspace_bytes(s), 0);
+  EXPECT_GT(top_keys_workspace_bytes(there), 0);
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <cmath>
 #include <random>
 #include <vector>
 
@@ -35,7 +36,8 @@ uint32_t bit(const uint32_t* words, int64_t index, int32_t width, int32_t i) {
 }
 
 void expect_map(const Built& built, const plan::TileMap& map, bool by_rows) {
-  const rules::Program& program = built.lowered;
+  rules::Program program = built.lowered;
+  program.key_order = built.plan.program.key_order;
   for (int b = 0; b < program.batches; ++b) {
     for (int h = 0; h < program.heads; ++h) {
       const int64_t base = int64_t{b * program.heads + h} * map.outer_tiles;
@@ -103,6 +105,54 @@ TEST(Plan, RandomIntervalsPerBatchAndHead) {
   for (int32_t& value : indices) value = static_cast<int32_t>(random() % (kRows + 1));
   expect_plan(intervals(Tensor(indices.data(), DType::i32, {2, 2, kColumns, 4}), false),
               small_problem(kRows, kColumns, 2, 4));
+}
+
+// Keys that some row sees come first, in groups by first row, each group sorted by last row.
+TEST(Plan, KeysOfRandomEvictionAreOrdered) {
+  std::mt19937 random(6);
+  constexpr int kLength = 700, kTileKeys = 32;
+  std::vector<int32_t> ends(kLength);
+  for (int j = 0; j < kLength; ++j)
+    ends[static_cast<size_t>(j)] = j + static_cast<int>(random() % 200) - 20;
+  const Mask mask = intervals(Tensor(ends.data(), DType::i32, {1, 1, kLength, 1}), true);
+  expect_plan(mask.reordered(), small_problem(kLength, kLength));
+  const plan::TileShapes shapes{{64, kTileKeys}, {64, kTileKeys}};
+  const Built built(mask.reordered(), small_problem(kLength, kLength), shapes);
+
+  std::vector<int> seen, dropped;
+  for (int j = 0; j < kLength; ++j) {
+    (ends[static_cast<size_t>(j)] > j ? seen : dropped).push_back(j);
+  }
+  ASSERT_GT(dropped.size(), 30u);
+  const int tiles = static_cast<int>(seen.size() + kTileKeys - 1) / kTileKeys;
+  const int groups = static_cast<int>(std::lround(std::sqrt(tiles)));
+  for (int g = 0; g < groups; ++g) {
+    const auto at = [&](int part) {
+      return seen.begin() + static_cast<std::ptrdiff_t>(seen.size()) * part / groups;
+    };
+    std::stable_sort(at(g), at(g + 1), [&](int a, int b) {
+      return std::min(ends[static_cast<size_t>(a)], kLength) <
+             std::min(ends[static_cast<size_t>(b)], kLength);
+    });
+  }
+  seen.insert(seen.end(), dropped.begin(), dropped.end());
+  const int32_t* order = built.plan.program.key_order;
+  EXPECT_EQ(std::vector<int>(order, order + kLength), seen);
+}
+
+TEST(Plan, ReorderedMasksOfSeveralHeads) {
+  std::mt19937 random(8);
+  constexpr int kRows = 140, kColumns = 190;
+  std::vector<int32_t> indices(2 * 4 * kColumns * 4);
+  for (int32_t& value : indices) value = static_cast<int32_t>(random() % (kRows + 1));
+  std::vector<uint8_t> allowed(kRows * kColumns);
+  for (uint8_t& one : allowed) one = random() % 40 == 0;
+  const Mask runs = intervals(Tensor(indices.data(), DType::i32, {2, 4, kColumns, 4}), false);
+  const Mask seldom = dense(Tensor(allowed.data(), DType::u8, {1, 1, kRows, kColumns}));
+  Problem problem = small_problem(kRows, kColumns, 2, 4);
+  problem.kv_heads = 2;  // two mask heads share an order
+  expect_plan(runs.reordered(), problem);
+  expect_plan((runs & seldom & causal()).reordered(), problem);
 }
 
 template <typename Element>

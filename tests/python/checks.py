@@ -36,7 +36,8 @@ def per_head(allowed, batch, q_heads, q_len, kv_len):
 def assert_close(name, got, ref, low, floor=0.0):
     """max|got - ref| <= 2 max|low - ref| + 2 max|(ref + 0.3 - 0.3) - ref| (in low's precision)."""
     dtype = low.dtype
-    got, ref = got.detach().double(), torch.as_tensor(np.asarray(ref), dtype=torch.float64)
+    ref = ref.detach() if isinstance(ref, torch.Tensor) else torch.as_tensor(np.asarray(ref))
+    got, ref = got.detach().double(), ref.to(got.device, torch.float64)
     low = low.detach().double()
     assert got.shape == ref.shape, f"{name}: shape {tuple(got.shape)}, not {tuple(ref.shape)}"
     assert not got.isnan().any(), f"{name}: {int(got.isnan().sum())} NaN"

@@ -1,26 +1,12 @@
-"""Fixtures: the library under test, the instruction sets of this machine, how hard to test."""
+"""Fixtures: the instruction sets of this machine, how hard to test."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import os
-import sys
-from pathlib import Path
 
+import library_under_test  # noqa: F401
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-if importlib.util.find_spec("anymask") is None:  # not installed: test the source tree
-    sys.path.insert(0, str(ROOT / "python"))
-if "ANYMASK_LIBRARY" not in os.environ and not list(
-    Path(importlib.util.find_spec("anymask").origin).parent.glob("libanymask.*")
-):
-    built = sorted(ROOT.glob("build/*/libanymask.so"), key=lambda path: path.stat().st_mtime)
-    preferred = [path for path in built if path.parent.name == "release"] or built
-    if preferred:
-        os.environ["ANYMASK_LIBRARY"] = str(preferred[-1])
 
 
 def pytest_addoption(parser):

@@ -15,7 +15,7 @@ import argparse
 import sys
 import time
 
-import conftest  # isort: skip  (finds the package and its library when run by hand)
+import library_under_test  # isort: skip  (when run by hand)
 import anymask as am
 import mask_cases
 import numpy as np
@@ -23,7 +23,7 @@ import reference
 import torch
 from anymask import machine
 
-assert conftest.ROOT
+assert library_under_test.ROOT
 
 DTYPES = {"float64": 1e-10, "float32": 2e-4, "bfloat16": 6e-2, "float16": 1e-2}
 BATCH, MAX_LEAVES, MAX_LENGTH = 2, 6, 260

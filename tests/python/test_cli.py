@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -53,28 +52,6 @@ def test_render_fits_its_width(colour):
 def test_show_refuses_what_it_does_not_know(capsys):
     assert cli.main(["show", "nonsense"]) == 1
     assert "neither a .npy file nor one of full, causal" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_bench(tmp_path, capsys, dtype):
-    path = tmp_path / "bench.json"
-    arguments = ["bench", "--masks", "causal,document", "--length", "128", "--heads", "2"]
-    arguments += ["--kv-heads", "1", "--head-dim", "32", "--rounds", "2", "--dtype", dtype]
-    assert cli.main([*arguments, "--json", str(path)]) == 0
-    written = json.loads(path.read_text())
-    assert [row["mask"] for row in written["rows"]] == ["causal", "document"]
-    assert all(row["forward"] > 0 and row["backward"] > 0 for row in written["rows"])
-    assert written["settings"]["length"] == 128 and written["machine"]["threads"] >= 1
-    assert cli.main(["bench", "--masks", "nothing"]) == 1
-    assert "nothing unknown" in capsys.readouterr().err
-
-
-def test_bench_stops_at_a_wrong_result(monkeypatch, capsys):
-    from anymask import bench
-
-    monkeypatch.setattr(bench, "attention", lambda q, k, v, mask=None, plan=None: q * 0)
-    assert cli.main(["bench", "--masks", "causal", "--length", "64"]) == 1
-    assert "causal: wrong by" in capsys.readouterr().err
 
 
 def test_doctor(capsys):

@@ -18,7 +18,10 @@ from anymask import compat
 from checks import DTYPES, assert_close, naive, per_head
 
 DOCUMENTS = sorted((Path(__file__).parents[2] / "docs" / "moving").glob("*.md"))
-CALLS = {name: getattr(am, name) for name in compat.__all__}
+# Those that need nothing but q, k and v.
+CALLS = {
+    name: getattr(am, name) for name in compat.__all__ if name != "apply_dynamic_mask_attention"
+}
 
 
 def draw(rng, shape, dtype="float32"):
@@ -76,11 +79,14 @@ def test_signatures():
         "flashmask_attention": "query key value startend_row_indices dropout causal window_size "
         "return_softmax_lse return_seed_offset fixed_seed_offset rng_name training name "
         "softmax_scale block_mask",
+        "apply_dynamic_mask_attention": "query key value dt_proj A causal_mask keep_window_size "
+        "is_causal scale score",
         "flash_attention_custom_mask": "q k v mask sm_scale",
         "flexible_attention": "q k v causal sm_scale eq ek score_func_mode",
     }
     for name, names in expected.items():
-        assert list(inspect.signature(CALLS[name]).parameters) == names.split()
+        assert list(inspect.signature(getattr(am, name)).parameters) == names.split()
+    assert set(expected) == set(compat.__all__)
     positional = inspect.signature(am.flashmask_attention).parameters.values()
     assert [p.name for p in positional if p.kind is not p.KEYWORD_ONLY][-1] == (
         "startend_row_indices"
@@ -173,10 +179,10 @@ def test_errors_of_the_tensors(name):
     assert CALLS[name](*good).isfinite().all()
 
 
-@pytest.mark.parametrize("name", ["custom_masks", "flashmask", "flexible_masks"])
+@pytest.mark.parametrize("name", ["custom_masks", "dynamic_masks", "flashmask", "flexible_masks"])
 def test_examples_in_docstrings(name):
     module = importlib.import_module(f"anymask.compat.{name}")
-    names = {**vars(module), "am": am, "np": np}
+    names = {**vars(module), "am": am, "np": np, "torch": torch}
     results = doctest.testmod(module, globs=names, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.failed == 0 and results.attempted > 0
 
@@ -196,4 +202,4 @@ def test_pages_run_and_lead_somewhere(document):
 
 def test_there_is_a_page_for_each_call():
     pages = {path.stem for path in DOCUMENTS}
-    assert {"flashmask", "custom_masks", "flexible_masks"} <= pages
+    assert {"flashmask", "custom_masks", "dynamic_masks", "flexible_masks"} <= pages

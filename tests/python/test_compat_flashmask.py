@@ -217,6 +217,52 @@ def test_names_and_training_change_nothing():
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("numpy", [True, False])
+def test_dropout(numpy):
+    rng, lengths = np.random.default_rng(36), (140, 150)
+    tensors = draw_qkv(rng, 1, lengths, (2, 2), 16)
+    indices, pair = random_indices(rng, 1, 1, lengths, 4), torch.tensor([2**40 + 3, -5])
+    mask = am.intervals(indices, causal=False)
+    expected = am.attention(*tensors, mask, dropout_p=0.3, seed=pair)
+    if numpy:
+        tensors, indices, pair = [x.numpy() for x in tensors], indices.numpy(), pair.numpy()
+
+    def dropped(**options):
+        out, seed_offset = am.flashmask_attention(
+            *tensors, indices, dropout=0.3, return_seed_offset=True, **options
+        )
+        return torch.as_tensor(out), seed_offset
+
+    out, same = dropped(fixed_seed_offset=pair)
+    assert torch.equal(out, expected) and same is pair
+    first, drawn = dropped()
+    assert str(drawn.dtype).endswith("int64") and drawn.shape == (2,)
+    assert torch.equal(dropped(fixed_seed_offset=drawn)[0], first)
+    assert not torch.equal(dropped()[0], first)
+    out, seed_offset = dropped(training=False)
+    assert seed_offset.tolist() == [0, 0]
+    assert torch.equal(out, torch.as_tensor(am.flashmask_attention(*tensors, indices)))
+    if not numpy:
+        torch.manual_seed(4)
+        first, _ = dropped()
+        torch.manual_seed(4)
+        assert torch.equal(dropped()[0], first)
+
+
+def test_gradients_under_dropout():
+    rng, lengths = np.random.default_rng(37), (140, 150)
+    leaves = [x.requires_grad_() for x in draw_qkv(rng, 1, lengths, (2, 1), 16)]
+    indices = random_indices(rng, 1, 1, lengths, 2)
+    options = {"causal": True, "dropout": 0.2, "fixed_seed_offset": torch.tensor([1, 2])}
+    out = am.flashmask_attention(*leaves, indices, **options)
+    same = am.attention(
+        *leaves, am.intervals(indices, causal=True), dropout_p=0.2, seed=torch.tensor([1, 2])
+    )
+    grads = torch.autograd.grad(out.sin().sum(), leaves)
+    for a, b in zip(grads, torch.autograd.grad(same.sin().sum(), leaves)):
+        assert torch.equal(a, b)
+
+
 def test_numpy_masks():
     rng, lengths = np.random.default_rng(34), (140, 150)
     indices, blocks = random_indices(rng, 1, 2, lengths, 4), random_blocks(rng, 1, 1, lengths)
@@ -254,7 +300,10 @@ def ints(*shape):
 @pytest.mark.parametrize(
     ("error", "message", "options"),
     [
-        (NotImplementedError, "dropout: got 0.1 while training", {"dropout": 0.1}),
+        (ValueError, "rng_name: got 'local_seed'; torch has one generator a device",
+         {"dropout": 0.1, "rng_name": "local_seed"}),
+        (TypeError, "fixed_seed_offset: is on meta; it must be on cpu",
+         {"fixed_seed_offset": torch.zeros(2, dtype=torch.int64, device="meta")}),
         (ValueError, "dropout: got 1.0, 0 <= dropout < 1", {"dropout": 1.0, "training": False}),
         (ValueError, "dropout: got -0.1, 0 <= dropout < 1", {"dropout": -0.1}),
         (TypeError, "dropout: got '0', a number", {"dropout": "0"}),

@@ -18,6 +18,10 @@ def arrays(batch=2, q_len=5, kv_len=7, q_heads=4, kv_heads=2, dim=16, v_dim=16, 
     ]
 
 
+def ones(*shape):
+    return np.ones(shape, np.float32)
+
+
 Q, K, V = arrays()
 I32 = np.int32
 
@@ -51,13 +55,50 @@ CALLS = [
     (TypeError, r"q: got list; q, k and v must", lambda: am.attention([1], K, V)),
     (ValueError, r"layout: got 'sbhd'", lambda: am.attention(Q, K, V, layout="sbhd")),
     (ValueError, r"scale is inf", lambda: am.attention(Q, K, V, scale=float("inf"))),
-    # arguments of later work
-    (NotImplementedError, "dropout_p: not available", lambda: am.attention(Q, K, V, dropout_p=0.1)),
-    (NotImplementedError, "seed: not available", lambda: am.attention(Q, K, V, seed=1)),
-    (NotImplementedError, "key_bias: not available", lambda: am.attention(Q, K, V, key_bias=K)),
-    (NotImplementedError, "^bias: not available", lambda: am.attention(Q, K, V, bias=K)),
-    (NotImplementedError, "softcap: not available", lambda: am.attention(Q, K, V, softcap=1.0)),
-    (NotImplementedError, "sink: not available", lambda: am.attention(Q, K, V, sink=K)),
+    # score options
+    (ValueError, r"dropout_p is 1\.0.*at least 0 and less than 1", lambda: am.attention(
+        Q, K, V, dropout_p=1.0)),
+    (ValueError, r"dropout_p is -0\.1", lambda: am.attention(Q, K, V, dropout_p=-0.1)),
+    (ValueError, r"dropout_p is nan", lambda: am.attention(Q, K, V, dropout_p=float("nan"))),
+    (TypeError, r"dropout_p: got '0.1', a number", lambda: am.attention(Q, K, V, dropout_p="0.1")),
+    (ValueError, r"softcap is -1\.0.*0 \(none\) or more", lambda: am.attention(
+        Q, K, V, softcap=-1)),
+    (ValueError, r"softcap is inf", lambda: am.attention(Q, K, V, softcap=float("inf"))),
+    (TypeError, r"softcap: got \[1\], a number", lambda: am.attention(Q, K, V, softcap=[1])),
+    (TypeError, r"seed: got 1\.5, an integer or int64 of shape \(2,\)", lambda: am.attention(
+        Q, K, V, dropout_p=0.1, seed=1.5)),
+    (TypeError, r"seed: got True", lambda: am.attention(Q, K, V, seed=True)),
+    (TypeError, r"seed: got int32 of shape \(2,\)", lambda: am.attention(
+        Q, K, V, dropout_p=0.1, seed=np.zeros(2, I32))),
+    (TypeError, r"seed: got int64 of shape \(3,\)", lambda: am.attention(
+        Q, K, V, dropout_p=0.1, seed=np.zeros(3, np.int64))),
+    (ValueError, r"seed: got 9223372036854775808, an integer of 64 bits", lambda: am.attention(
+        Q, K, V, dropout_p=0.1, seed=2**63)),
+    (TypeError, r"key_bias: got list, but q is a NumPy array", lambda: am.attention(
+        Q, K, V, key_bias=[1.0])),
+    (ValueError, r"key_bias has shape \[2, 3, 7\]; .*\[2 or 1, a divisor of 4, 7\]",
+     lambda: am.attention(Q, K, V, key_bias=ones(2, 3, 7))),
+    (ValueError, r"key_bias has shape \[3, 2, 7\]", lambda: am.attention(
+        Q, K, V, key_bias=ones(3, 2, 7))),
+    (ValueError, r"key_bias has shape \[2, 2, 5\]", lambda: am.attention(
+        Q, K, V, key_bias=ones(2, 2, 5))),
+    (ValueError, r"key_bias has shape \[2, 7\]", lambda: am.attention(
+        Q, K, V, key_bias=ones(2, 7))),
+    (TypeError, r"key_bias has type float64; it needs the type of q, float32$",
+     lambda: am.attention(Q, K, V, key_bias=np.ones((2, 2, 7)))),
+    (ValueError, r"^bias has shape \[2, 2, 5, 7\]; .*\[2 or 1, 4 or 1, 5 or 1, 7\]",
+     lambda: am.attention(Q, K, V, bias=ones(2, 2, 5, 7))),
+    (ValueError, r"^bias has shape \[2, 4, 5, 1\]", lambda: am.attention(
+        Q, K, V, bias=ones(2, 4, 5, 1))),
+    (ValueError, r"^bias has shape \[5, 7\]", lambda: am.attention(Q, K, V, bias=ones(5, 7))),
+    (TypeError, r"^bias has type float16; .*float32", lambda: am.attention(
+        Q, K, V, bias=ones(1, 1, 5, 7).astype(np.float16))),
+    (TypeError, r"^bias has type float64; .*float16, or float32", lambda: am.attention(
+        *arrays(dtype=np.float16), bias=np.ones((1, 1, 5, 7)))),
+    (ValueError, r"sink has shape \[2\]; it needs \[q_heads\] = \[4\]", lambda: am.attention(
+        Q, K, V, sink=ones(2))),
+    (TypeError, r"sink has type int64", lambda: am.attention(
+        Q, K, V, sink=np.ones(4, np.int64))),
     # masks and plans as arguments
     (TypeError, r"mask: got ndarray, an anymask.Mask", lambda: am.attention(Q, K, V, Q)),
     (TypeError, r"plan: got Mask, an anymask.Plan", lambda: am.attention(Q, K, V, plan=am.full())),
@@ -160,6 +201,23 @@ def test_torch_errors():
         am.attention(q, k, v, plan=plan(q_len=6, dtype=torch.float32))
     with pytest.raises(ValueError, match="q: got shape"):
         am.attention(q[0], k, v, layout="bhsd")
+
+
+def test_torch_errors_of_score_options():
+    torch = pytest.importorskip("torch")
+    q, k, v = map(torch.from_numpy, (Q, K, V))
+    with pytest.raises(TypeError, match="sink: got ndarray, but q is a torch tensor"):
+        am.attention(q, k, v, sink=ones(4))
+    with pytest.raises(TypeError, match="seed: is on meta; q is on cpu"):
+        am.attention(q, k, v, dropout_p=0.1, seed=torch.zeros(2, dtype=torch.int64, device="meta"))
+    with pytest.raises(TypeError, match=r"seed: got float32 of shape \(2,\)"):
+        am.attention(q, k, v, dropout_p=0.1, seed=torch.zeros(2))
+    with pytest.raises(TypeError, match="bias has type bfloat16"):
+        am.attention(q, k, v, bias=torch.zeros(1, 1, 5, 7, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"key_bias has shape \[2, 3, 7\]"):
+        am.attention(q, k, v, key_bias=torch.zeros(2, 3, 7))
+    with pytest.raises(ValueError, match=r"dropout_p is 2\.0"):
+        am.attention(q, k, v, dropout_p=2)
 
 
 def test_missing_library(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from library_under_test import ROOT
 
 
 def run(*command: str) -> str:

@@ -6,7 +6,13 @@
 from __future__ import annotations
 
 from anymask.compat.custom_masks import flash_attention_custom_mask
+from anymask.compat.dynamic_masks import apply_dynamic_mask_attention
 from anymask.compat.flashmask import flashmask_attention
 from anymask.compat.flexible_masks import flexible_attention
 
-__all__ = ["flash_attention_custom_mask", "flashmask_attention", "flexible_attention"]
+__all__ = [
+    "apply_dynamic_mask_attention",
+    "flash_attention_custom_mask",
+    "flashmask_attention",
+    "flexible_attention",
+]

@@ -6,7 +6,7 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
-from anymask import masks
+from anymask import _scores, masks
 from anymask.attention import attention
 from anymask.compat import _arguments as arguments
 
@@ -49,8 +49,7 @@ def flashmask_attention(
             n = 1 (LTS): ``i >= LTS``; n = 2 (LTS, LTE): ``LTS <= i < LTE``; not causal,
             n = 2 (LTS, UTE): ``i >= LTS or i < UTE``; n = 4 (LTS, LTE, UTS, UTE):
             ``LTS <= i < LTE or UTS <= i < UTE``.
-        dropout: probability of dropping a weight while `training`: 0, the kernels have no dropout
-            yet.
+        dropout: probability of dropping a weight while `training`, to a multiple of 1 / 65536.
         causal: query i sees keys up to ``i + kv_len - q_len``; says what the columns of
             `startend_row_indices` mean, too.
         window_size: (left, right), or one number for both: query i sees keys ``i - left`` to
@@ -58,8 +57,10 @@ def flashmask_attention(
             -1 leaves a side open.
         return_softmax_lse: also return the logarithms of the sums of exponentials.
         return_seed_offset: also return the seed and offset of the dropout.
-        fixed_seed_offset: int64 [2], the seed and offset to use; drawn when not given.
-        rng_name: the random generator to draw them from; nothing is drawn without dropout.
+        fixed_seed_offset: int64 [2] where query is, the seed and offset to use; drawn from torch's
+            generator of that device (NumPy's) when not given.
+        rng_name: the name of another generator to draw them from: "", as torch has one a device.
+            Nothing is drawn without dropout.
         training: False switches dropout off.
         name: not used, as there.
         softmax_scale: of q k^T; None: ``head_dim ** -0.5``.
@@ -69,13 +70,13 @@ def flashmask_attention(
     Returns:
         out [batch, q_len, q_heads, v_head_dim] of query's type; or a tuple of out, then (if asked)
         lse [batch, q_heads, q_len] float32 (float64 for float64), natural logarithm, then (if
-        asked) seed_offset int64 [2]: the one given, or zeros when nothing was drawn. A query that
-        may see nothing has out 0, lse -inf and zero gradients. Gradients are reproducible bit by
-        bit on the CPU, and everywhere under ``torch.use_deterministic_algorithms(True)``.
+        asked) seed_offset int64 [2]: the one used or given, or zeros where there was none. A query
+        that may see nothing has out 0, lse -inf and zero gradients. Gradients are reproducible bit
+        by bit on the CPU, and everywhere under ``torch.use_deterministic_algorithms(True)``.
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
-        NotImplementedError: for dropout while training.
+        NotImplementedError: for dropout while training, on a GPU.
 
     >>> q = k = v = np.ones((1, 4, 2, 8), np.float32)
     >>> ends = np.array([2, 2, 4, 4], np.int32).reshape(1, 1, 4, 1)    # two documents of 2
@@ -91,8 +92,8 @@ def flashmask_attention(
     return_seed_offset = arguments.flag(return_seed_offset, "return_seed_offset")
     factor = arguments.scale(softmax_scale, "softmax_scale")
     _check_names(rng_name, name)
-    _check_dropout(dropout, training)
-    seed_offset = _seed_offset(fixed_seed_offset)
+    dropout = _dropout(dropout, training)
+    seed_offset = _seed_offset(fixed_seed_offset, query, dropout > 0.0, rng_name)
     mask = _mask(query, sizes, startend_row_indices, causal, window_size, block_mask)
     out, lse = attention(
         query,
@@ -102,12 +103,14 @@ def flashmask_attention(
         scale=factor,
         return_lse=True,
         deterministic=arguments.deterministic(query),
+        dropout_p=dropout,
+        seed=seed_offset if dropout > 0.0 else None,
     )
     results = [out]
     if return_softmax_lse:
         results.append(lse)
     if return_seed_offset:
-        results.append(_zeros(query) if seed_offset is None else seed_offset)
+        results.append(seed_offset)
     return out if len(results) == 1 else tuple(results)
 
 
@@ -185,37 +188,39 @@ def _window(window: Any) -> tuple[int, int]:
 # ---- dropout ------------------------------------------------------------------------------------
 
 
-def _check_dropout(dropout: Any, training: bool) -> None:
+def _dropout(dropout: Any, training: bool) -> float:
+    """The probability of dropping a weight in this call."""
     if isinstance(dropout, (bool, str)) or not hasattr(dropout, "__float__"):
         raise TypeError(f"dropout: got {dropout!r}, a number is needed")
     if not 0.0 <= float(dropout) < 1.0:
         raise ValueError(f"dropout: got {dropout!r}, 0 <= dropout < 1 is needed")
-    if dropout != 0.0 and training:
-        raise NotImplementedError(
-            f"dropout: got {dropout!r} while training, which the kernels do not have yet; "
-            "dropout=0.0 or training=False is needed"
+    return float(dropout) if training else 0.0
+
+
+def _seed_offset(fixed: Any, query: Any, needed: bool, rng_name: str) -> Any:
+    """The seed and offset: the caller's, drawn where they are needed, else zeros."""
+    if fixed is not None:
+        arguments.an_array(fixed, "fixed_seed_offset")
+        if arguments.dtype_name(fixed) != "int64" or tuple(fixed.shape) != (2,):
+            raise TypeError(
+                f"fixed_seed_offset: got {arguments.dtype_name(fixed)} {tuple(fixed.shape)}, "
+                "int64 of shape (2,) is needed"
+            )
+        arguments.same_device(fixed, "fixed_seed_offset", query, "query")
+        return fixed
+    if needed and rng_name:
+        raise ValueError(
+            f"rng_name: got {rng_name!r}; torch has one generator a device, so '' is needed, or "
+            "fixed_seed_offset"
         )
-
-
-def _seed_offset(fixed: Any) -> Any:
-    """The seed and offset to use: the caller's; None where nothing is to be drawn, as now."""
-    if fixed is None:
-        return None
-    arguments.an_array(fixed, "fixed_seed_offset")
-    if arguments.dtype_name(fixed) != "int64" or tuple(fixed.shape) != (2,):
-        raise TypeError(
-            f"fixed_seed_offset: got {arguments.dtype_name(fixed)} {tuple(fixed.shape)}, "
-            "int64 of shape (2,) is needed"
-        )
-    return fixed
-
-
-def _zeros(query: Any) -> Any:
-    """The seed and offset of a call that drew nothing, where query is."""
     if isinstance(query, np.ndarray):
-        return np.zeros(2, np.int64)
+        return _scores.drawn_seed() if needed else np.zeros(2, np.int64)
     import torch
 
+    from anymask import torch_op
+
+    if needed:
+        return torch_op.drawn_seed(query.device)
     return torch.zeros(2, dtype=torch.int64, device=query.device)
 
 

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/device/plan_params.h"
+#include "cuda/device/radix_sort.h"
 #include "rules/key_rows.h"
 
 namespace anymask::cuda {
@@ -26,80 +27,30 @@ inline void see_keys(const KeyOrderParams& params) {
 
 // ---- a stable radix sort by one block -----------------------------------------------------------
 //
-// An item is a value above kKeyBits and a key below. Each warp owns a run of items: it counts its
-// digits, the block turns counts into positions, each warp puts its items there in order.
+// An item is a value above kKeyBits and a key below.
 
-inline constexpr int kDigits = 256;
 inline constexpr int kKeyBits = 30;
 inline constexpr uint64_t kKeyMask = (uint64_t{1} << kKeyBits) - 1;
 
 struct SortBlock {
-  int32_t position[kSortWarps][kDigits];
-  int32_t total[kDigits];
+  DigitCounts digits;
   int32_t seen_keys;
   int32_t unsorted;
 };
 
-// Walks this warp's run of items, 32 at a time: use(item, position), where the counter of the
-// item's digit tells the position and moves on.
-template <typename Use>
-inline void for_each_item(const uint64_t* items, int count, int shift, SortBlock& block, Use use) {
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int run = (count + kSortWarps - 1) / kSortWarps;
-  const int begin = rules::min_of(warp * run, count);
-  const int end = rules::min_of(begin + run, count);
-  uint64_t next = begin + lane < end ? items[begin + lane] : 0;
-  for (int i = begin; i < end; i += 32) {
-    const uint64_t item = next;
-    const bool real = i + lane < end;
-    if (i + 32 + lane < end) next = items[i + 32 + lane];
-    const int digit = real ? static_cast<int>(item >> shift) & (kDigits - 1) : kDigits;
-    const uint32_t peers = __match_any_sync(0xffffffffu, digit);
-    const int rank = __popc(peers & rules::low_bits(lane));
-    const int start = real ? block.position[warp][digit] : 0;
-    __syncwarp();
-    if (real && rank == 0) block.position[warp][digit] = start + __popc(peers);
-    if (real) use(item, start + rank);
-    __syncwarp();
-  }
-}
-
-inline void sort_digit(const uint64_t* from, uint64_t* to, int count, int shift, SortBlock& block) {
-  const int thread = static_cast<int>(threadIdx.x);
-  for (int i = thread; i < kSortWarps * kDigits; i += kSortThreads) {
-    block.position[i / kDigits][i % kDigits] = 0;
-  }
-  __syncthreads();
-  for_each_item(from, count, shift, block, [](uint64_t, int) {});
-  __syncthreads();
-  // Where this digit's items of warp 0 start, then those of warp 1, ...
-  if (thread < kDigits) {
-    int sum = 0;
-    for (int warp = 0; warp < kSortWarps; ++warp) {
-      const int mine = block.position[warp][thread];
-      block.position[warp][thread] = sum;
-      sum += mine;
-    }
-    block.total[thread] = sum;
-  }
-  __syncthreads();
-  if (thread < kDigits) {
-    int before = 0;
-    for (int digit = 0; digit < thread; ++digit) before += block.total[digit];
-    for (int warp = 0; warp < kSortWarps; ++warp) block.position[warp][thread] += before;
-  }
-  __syncthreads();
-  for_each_item(from, count, shift, block,
-                [to](uint64_t item, int position) { to[position] = item; });
-  __syncthreads();
+inline void sort_digit(const uint64_t* from, uint64_t* to, int count, int shift,
+                       DigitCounts& digits) {
+  const auto load = [from](int i) { return from[i]; };
+  count_digits(load, count, shift, digits);
+  place_digits(load, count, shift, digits, digits.total, 0,
+               [to](uint64_t item, int position) { to[position] = item; });
 }
 
 // Sorts by the lowest `bits` of the values; returns where the result is.
 inline uint64_t* sort_items(uint64_t* items, uint64_t* other, int count, int bits,
                             SortBlock& block) {
   for (int bit = 0; bit < bits; bit += 8) {
-    sort_digit(items, other, count, kKeyBits + bit, block);
+    sort_digit(items, other, count, kKeyBits + bit, block.digits);
     uint64_t* const sorted = other;
     other = items;
     items = sorted;

@@ -9,7 +9,7 @@
 #pragma once
 
 #include "cuda/device/plan_params.h"
-#include "rules/evaluate.h"
+#include "rules/known.h"
 
 namespace anymask::cuda {
 
@@ -18,58 +18,15 @@ inline constexpr uint32_t kWholeWarp = 0xffffffffu;
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
-// ---- what is known of a set of pairs ------------------------------------------------------------
-//
-// Bits 0 and 1: a rules::TileClass, what it may hold. Bits 2 and 3: the same, what it surely holds.
-
-using Known = uint32_t;
-inline constexpr Known kSurely = 4;
-inline constexpr Known kVisibleBits = rules::kVisible * (1 + kSurely);
-
-inline Known surely(rules::TileClass value) { return value * (1 + kSurely); }
-inline rules::TileClass may_hold(Known known) { return known & rules::kSome; }
-inline rules::TileClass surely_holds(Known known) { return known / kSurely; }
-
-inline Known known_not(Known a) { return (a & kVisibleBits) << 1 | (a >> 1 & kVisibleBits); }
-
-// Where all of one side is visible, what the other side surely shows is there.
-inline Known known_and(Known a, Known b) {
-  const Known shown_by_a = (b & rules::kHidden) != 0 ? 0 : a;
-  const Known shown_by_b = (a & rules::kHidden) != 0 ? 0 : b;
-  const Known surely_visible = (shown_by_a | shown_by_b) & (rules::kVisible * kSurely);
-  const Known surely_hidden = (a | b) & (rules::kHidden * kSurely);
-  return rules::class_and(may_hold(a), may_hold(b)) | surely_visible | surely_hidden;
-}
-
-inline Known known_or(Known a, Known b) { return known_not(known_and(known_not(a), known_not(b))); }
-
 // ---- ids: what the rows of a span hold, found once for all columns ------------------------------
 //
 // rules::ids_class walks the rows for every tile it is asked about; asked column by column that
 // would be as many steps as there are pairs. The block keeps each span's summary instead.
 
-struct IdRange {
-  int64_t least, most;  // of the rows that match by value
-  bool any_closed;      // there are such rows
-  bool any_open;        // there are rows that see every column
-
-  void add(const IdRange& other) {
-    least = other.least < least ? other.least : least;
-    most = other.most > most ? other.most : most;
-    any_closed |= other.any_closed;
-    any_open |= other.any_open;
-  }
-};
-inline constexpr int64_t kLargestId = 0x7fffffffffffffff;
-inline constexpr IdRange kNoIds = {kLargestId, -kLargestId - 1, false, false};
-
-inline IdRange id_range(const rules::Node& node, int row_begin, int row_end) {
-  IdRange range = kNoIds;
+inline rules::IdRange id_range(const rules::Node& node, int row_begin, int row_end) {
+  rules::IdRange range = rules::kNoIds;
   for (int row = row_begin + lane_index(); row < row_end; row += 32) {
-    const int64_t id = rules::load_integer(node.rows, {0, 0}, row * node.rows.row_stride);
-    const bool open = node.flag != 0 && id >= 0;
-    range.add(open ? IdRange{kNoIds.least, kNoIds.most, false, true}
-                   : IdRange{id, id, true, false});
+    range.add(rules::id_of_row(node, {0, 0}, row));
   }
   for (int step = 16; step > 0; step /= 2) {
     range.add({__shfl_xor_sync(kWholeWarp, range.least, step),
@@ -78,16 +35,6 @@ inline IdRange id_range(const rules::Node& node, int row_begin, int row_end) {
                __shfl_xor_sync(kWholeWarp, range.any_open, step) != 0});
   }
   return range;
-}
-
-// Both ends of a range are ids of some row; with two ids, some row differs from any given one.
-inline Known id_range_known(const IdRange& range, int64_t id) {
-  Known known = range.any_open ? surely(rules::kVisible) : 0;
-  if (!range.any_closed) return known;
-  if (range.least <= id && id <= range.most) known |= rules::kVisible;
-  if (range.least == id || range.most == id) known |= surely(rules::kVisible);
-  if (range.least != id || range.most != id) known |= surely(rules::kHidden);
-  return known;
 }
 
 // ---- classify -----------------------------------------------------------------------------------
@@ -99,8 +46,8 @@ inline constexpr int kIdRanges = kBlockRowTiles + kSpans + 1;
 // What the warps of a block share.
 struct ClassifyBlock {
   rules::Program program;  // its arrays moved to this block's place: asked about at {0, 0}
-  IdRange ids[kMaxIdLeaves][kIdRanges];  // of each row tile, each span, the whole block
-  uint32_t visible[kBlockKeyTiles];      // a bit for each row tile
+  rules::IdRange ids[kMaxIdLeaves][kIdRanges];  // of each row tile, each span, the whole block
+  uint32_t visible[kBlockKeyTiles];             // a bit for each row tile
   uint32_t hidden[kBlockKeyTiles];
   uint32_t whole;  // what is known of all its tiles together
   int32_t task_count;
@@ -153,7 +100,7 @@ inline void summarize_ids(const ClassifyPass& pass, int first_tile, ClassifyBloc
     for (int tile = warp_index(); tile < kBlockRowTiles; tile += kClassifyWarps) {
       const int row = (first_tile + tile) * pass.shape.rows;
       const int end = rules::min_of(row + pass.shape.rows, block.program.q_len);
-      const IdRange range = id_range(node, row, end);
+      const rules::IdRange range = id_range(node, row, end);
       if (lane_index() == 0) block.ids[leaf][tile] = range;
     }
     ++leaf;
@@ -161,11 +108,11 @@ inline void summarize_ids(const ClassifyPass& pass, int first_tile, ClassifyBloc
   if (leaf == 0) return;
   __syncthreads();
   for (int i = static_cast<int>(threadIdx.x); i < leaf * (kSpans + 1); i += kClassifyThreads) {
-    IdRange* ranges = block.ids[i / (kSpans + 1)];
+    rules::IdRange* ranges = block.ids[i / (kSpans + 1)];
     const int span = i % (kSpans + 1);
     const int first = span < kSpans ? span * kSpanTiles : 0;
     const int end = span < kSpans ? first + kSpanTiles : kBlockRowTiles;
-    IdRange all = kNoIds;
+    rules::IdRange all = rules::kNoIds;
     for (int tile = first; tile < end; ++tile) all.add(ranges[tile]);
     ranges[kBlockRowTiles + span] = all;
   }
@@ -173,44 +120,33 @@ inline void summarize_ids(const ClassifyPass& pass, int first_tile, ClassifyBloc
 }
 
 // What is known of one key's column over the rows of a tile or span.
-inline Known column_known(const ClassifyBlock& block, const rules::Tile& tile, int id_index) {
-  rules::Stack stack;
-  int leaf = 0;
-  for (int i = 0; i < block.program.count; ++i) {
-    const rules::Node& node = block.program.nodes[i];
-    switch (node.op) {
-      case rules::Op::kNot:
-        stack.top = known_not(stack.top);
-        break;
-      case rules::Op::kAnd:
-        stack.join(known_and(stack.top, stack.second));
-        break;
-      case rules::Op::kOr:
-        stack.join(known_or(stack.top, stack.second));
-        break;
-      case rules::Op::kIds: {
-        const int64_t at = tile.column_begin * node.columns.row_stride;
-        const int64_t id = rules::load_integer(node.columns, {0, 0}, at);
-        stack.push(id_range_known(block.ids[leaf++][id_index], id));
-        break;
-      }
-      case rules::Op::kDense:  // a plan has packed it: kBits
-        break;
-      default:
-        stack.push(surely(rules::leaf_class(node, {0, 0}, tile)));
-        break;
-    }
-  }
-  return stack.top;
+inline rules::Known column_known(const ClassifyBlock& block, const rules::Tile& tile,
+                                 int id_index) {
+  int id_leaf = 0;
+  return rules::evaluate<rules::JoinKnown>(
+      block.program, [&](const rules::Node& node) -> rules::Known {
+        switch (node.op) {
+          case rules::Op::kIds: {
+            const int64_t at = tile.column_begin * node.columns.row_stride;
+            const int64_t id = rules::load_integer(node.columns, {0, 0}, at);
+            return rules::ids_known(block.ids[id_leaf++][id_index], id, id);
+          }
+          case rules::Op::kDense:  // a plan has packed it: kBits
+            return 0;
+          default:
+            return rules::surely(rules::leaf_class(node, {0, 0}, tile));
+        }
+      });
 }
 
 // A warp looks at rows x columns (positions); stops when `enough` has been seen.
-inline Known look(const ClassifyBlock& block, const rules::Tile& tile, int id_index, Known enough) {
-  Known found = 0;
+inline rules::Known look(const ClassifyBlock& block, const rules::Tile& tile, int id_index,
+                         rules::Known enough) {
+  rules::Known found = 0;
   for (int begin = tile.column_begin; begin < tile.column_end && (found & enough) != enough;
        begin += 32) {
     const int position = begin + lane_index();
-    Known mine = 0;
+    rules::Known mine = 0;
     if (position < tile.column_end) {
       const int key = rules::key_at(block.program, {0, 0}, position);
       mine = column_known(block, {tile.row_begin, tile.row_end, key, key + 1}, id_index);
@@ -266,10 +202,10 @@ inline bool look_at_block(const ClassifyPass& pass, int first_row, int first_key
   const int part = (column_end - tile.column_begin + kClassifyWarps - 1) / kClassifyWarps;
   tile.column_begin += warp_index() * part;
   tile.column_end = rules::min_of(tile.column_begin + part, column_end);
-  const Known mine = look(block, tile, kIdRanges - 1, rules::kSome);
+  const rules::Known mine = look(block, tile, kIdRanges - 1, rules::kSome);
   if (lane_index() == 0) atomicOr(&block.whole, mine);
   __syncthreads();
-  const rules::TileClass found = may_hold(block.whole);
+  const rules::TileClass found = rules::may_hold(block.whole);
   if (found == rules::kSome) return false;
   if (warp_index() < keys) note(block, warp_index(), 0, rows, found);
   return true;
@@ -287,7 +223,7 @@ inline void look_at_spans(const ClassifyPass& pass, int first_row, int first_key
     if (pass.look_at_spans != 0 && count > 1) {
       const rules::Tile tile =
           tile_at(pass, block.program, first_row + row, count, first_key + key);
-      found = may_hold(look(block, tile, kBlockRowTiles + span, rules::kSome));
+      found = rules::may_hold(look(block, tile, kBlockRowTiles + span, rules::kSome));
     }
     if (found != rules::kSome) {
       note(block, key, row, count, found);
@@ -309,9 +245,9 @@ inline void look_at_tiles(const ClassifyPass& pass, int first_row, int first_key
     const int row = block.tasks[i] / kBlockKeyTiles;
     const int key = block.tasks[i] % kBlockKeyTiles;
     const rules::Tile tile = tile_at(pass, block.program, first_row + row, 1, first_key + key);
-    const Known known = look(block, tile, row, rules::kSome * kSurely);
-    note(block, key, row, 1, surely_holds(known));
-    if (may_hold(known) != surely_holds(known) && lane_index() == 0) {
+    const rules::Known known = look(block, tile, row, rules::kSome * rules::kSurely);
+    note(block, key, row, 1, rules::surely_holds(known));
+    if (rules::may_hold(known) != rules::surely_holds(known) && lane_index() == 0) {
       block.doubts[atomicAdd(&block.doubt_count, 1)] = block.tasks[i];
     }
   }

@@ -1,6 +1,7 @@
 // What the plan's kernels are given: shared by the host that launches them and the device code.
 #pragma once
 
+#include "cuda/device/radix_sort_params.h"
 #include "plan/layout.h"
 #include "rules/key_rows.h"
 
@@ -49,8 +50,6 @@ struct OrderParams {
 
 // The order of keys: a thread a key to see its rows, then blocks that sort.
 inline constexpr int kSeeThreads = 128;
-inline constexpr int kSortWarps = 32;
-inline constexpr int kSortThreads = 32 * kSortWarps;
 
 struct KeyOrderParams {
   rules::Program program;  // dense leaves packed, keys as they come

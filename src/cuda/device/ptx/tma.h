@@ -20,4 +20,15 @@ __device__ __forceinline__ void load_box(void* to, const void* map, Barrier& bar
       : "memory");
 }
 
+// Writes a box from shared memory, in the caller's bulk group; what lies beyond the tensor is not
+// written.
+__device__ __forceinline__ void store_box(const void* map, const void* from, int x, int row,
+                                          int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(shared_address(from)), "r"(x), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
 }  // namespace anymask::ptx

@@ -37,6 +37,8 @@ __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
     ptx::give_registers<C.load_registers>();
     if (warp == 0) {
       backward_load<C>(p, shared, lane);
+    } else if (warp < BackwardShared<C>::kFirstBitWarp) {
+      await_turns<C>(p, shared, lane);
     } else {
       make_key_bits<C>(p, shared, warp - BackwardShared<C>::kFirstBitWarp, lane);
     }

@@ -1,4 +1,6 @@
-// Mask bits for the Hopper backward kernel, made by idle warps of the producer warpgroup.
+// Mask bits for the Hopper backward kernel, made by idle warps of the producer warpgroup. Where one
+// run of rows sees a key (MaskPath::kRuns) they only find the runs, once for an item; the math
+// threads make bits of them in less time than it takes to hand bits over.
 //
 // Keys are the rows of S^T, and the rules' word is 32 query rows of one key: a word is used as it
 // is made. A math thread shifts it by twice its quad lane and finds its queries at fixed places.
@@ -13,9 +15,9 @@
 
 namespace anymask::cuda {
 
-template <int kColumns>
+template <int kKeys>
 __device__ __forceinline__ void find_runs(const BackwardParams& p, rules::Place place, int position,
-                                          int32_t (*runs)[kColumns]) {
+                                          KeyRuns<kKeys>& runs, int key_index) {
   const int key = rules::key_at(p.program, place, position);
   int begin = key - p.recipe.band_hi, end = key - p.recipe.band_lo + 1;
   if (p.recipe.segments >= 0) {
@@ -32,29 +34,23 @@ __device__ __forceinline__ void find_runs(const BackwardParams& p, rules::Place 
   if (p.recipe.intervals >= 0) {
     masked = rules::masked_runs(p.program.nodes[p.recipe.intervals], place, key);
   }
-  runs[0][0] = begin;
-  runs[1][0] = end;
-  runs[2][0] = masked.begin1;
-  runs[3][0] = masked.end1;
-  runs[4][0] = masked.begin2;
-  runs[5][0] = masked.end2;
+  // Masked from some row on, or up to some row: that is one run of visible rows, and quicker.
+  if (masked.end1 == 0x7fffffff) {
+    end = rules::min_of(end, masked.begin1);
+    masked.begin1 = masked.end1 = 0;
+  }
+  if (masked.begin2 <= 0) {
+    begin = rules::max_of(begin, masked.end2);
+    masked.begin2 = masked.end2 = 0;
+  }
+  const int32_t ends[6] = {begin, end, masked.begin1, masked.end1, masked.begin2, masked.end2};
+#pragma unroll
+  for (int i = 0; i < 6; ++i) runs.ends[i][key_index] = ends[i];
 }
 
-// The word of rows [row, row + 32) from a key's runs.
-template <int kColumns>
-__device__ __forceinline__ uint32_t word_of_runs(const BackwardParams& p, rules::Place place,
-                                                 int position, int row,
-                                                 const int32_t (*runs)[kColumns]) {
-  uint32_t word = rules::run_word(runs[0][0], runs[1][0], row);
-  if (p.recipe.intervals >= 0) {
-    word &= ~rules::run_word(runs[2][0], runs[3][0], row);
-    word &= ~rules::run_word(runs[4][0], runs[5][0], row);
-  }
-  if (p.recipe.bits >= 0) {
-    word &= rules::bits_word(p.program.nodes[p.recipe.bits], place,
-                             rules::key_at(p.program, place, position), row);
-  }
-  return word;
+__device__ __forceinline__ void arrive_bits(ptx::Barrier& barrier, int lane) {
+  __syncwarp();
+  if (lane == 0) barrier.arrive();
 }
 
 template <BackwardConfig C>
@@ -71,10 +67,19 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
     for (int key = 32 * index + lane; key < C.columns(); key += 32 * Shared::kKeyBitWarps) {
       const int position = request.key_tile * C.columns() + key;
       const bool exists = position < p.kv_len;
-      if constexpr (C.machine == 0) {
+      if constexpr (C.masks() == MaskPath::kRuns) {
+        KeyRuns<C.columns()>& runs = shared.runs[slots.slot];
+        if (exists) find_runs(p, request.place, position, runs, key);
+        if (!exists) {
+#pragma unroll
+          for (int i = 0; i < 6; ++i) runs.ends[i][key] = 0;
+        }
+        arrive_bits(shared.bits_full[slots.slot], lane);
+        continue;
+      }
+      if constexpr (C.masks() == MaskPath::kRecipe) {
         if (exists && request.fresh != 0) {
-          find_runs<C.columns()>(p, request.place, position,
-                                 reinterpret_cast<int32_t(*)[C.columns()]>(&shared.runs[0][key]));
+          find_runs(p, request.place, position, shared.runs[0], key);
         }
       }
 #pragma unroll 1
@@ -82,18 +87,19 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
         const int row = request.row_tile * kBackwardRows + 32 * half;
         uint32_t word = 0;
         if (exists && row < p.q_len) {
-          if constexpr (C.machine == 0) {
-            word = word_of_runs<C.columns()>(
-                p, request.place, position, row,
-                reinterpret_cast<const int32_t(*)[C.columns()]>(&shared.runs[0][key]));
+          if constexpr (C.masks() == MaskPath::kRecipe) {
+            word = word_of_runs(p, shared.runs[0], key, row);
+            if (p.recipe.bits >= 0) {
+              word &= rules::bits_word(p.program.nodes[p.recipe.bits], request.place,
+                                       rules::key_at(p.program, request.place, position), row);
+            }
           } else {
             word = rules::column_word(p.program, request.place, position, row);
           }
         }
         shared.bits[slots.slot][key][half] = word;
       }
-      __syncwarp();
-      if (lane == 0) shared.bits_full[slots.slot].arrive();
+      arrive_bits(shared.bits_full[slots.slot], lane);
     }
   }
 }

@@ -25,12 +25,13 @@ struct BackwardConfig {
   int32_t chained;    // how the parts of a row tile of dQ meet. 0: added in any order to sums that
                       // one kernel clears and another converts. 1: in a fixed order; the first
                       // block stores, the last one converts
-  int32_t bit_slots;  // partial tiles whose bits are in shared memory
-  int32_t machine;    // 1: mask bits by the postfix machine, for programs without a recipe
+  int32_t bit_slots;  // partial tiles whose bits, or keys whose runs, are in shared memory
+  int32_t mask_path;  // a MaskPath
   int32_t math_registers;
   int32_t query_registers;  // of the warpgroup that makes dQ
   int32_t load_registers;
 
+  constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr int rows() const { return kBackwardRows; }
   constexpr int columns() const { return wide != 0 ? 64 : 128; }
   // Producers, warpgroups that own keys, and unless wide the one that makes dQ.
@@ -44,14 +45,15 @@ struct BackwardConfig {
   // after the other, 32 accumulators a thread each.
   constexpr int parts() const { return wide != 0 ? kBackwardWarpgroups : depth / 64; }
   constexpr int part_depth() const { return depth / parts(); }
-  // K, V, the rings of Q, dO and dS (wide: and P), of statistics and mask bits, the keys' runs, and
-  // 2 KiB for barriers, alignment and the like.
+  // K, V, the rings of Q, dO and dS (wide: and P), what leaves of dK and dV, the rings of
+  // statistics and mask bits, the keys' runs, and 3 KiB for barriers, alignment and the like.
   constexpr int shared_bytes() const {
     const int keys = columns();
     return (keys * k_stages + kBackwardRows * q_stages) * depth * 2 +
            (keys + kBackwardRows * o_stages) * value_depth * 2 +
            (slope_slots + wide) * keys * kBackwardRows * 2 + q_stages * kBackwardRows * 16 +
-           bit_slots * keys * 8 + (machine != 0 ? 0 : keys * 24) + 2048;
+           (wide != 0 ? 0 : keys * 128) +
+           keys * (masks() == MaskPath::kRuns ? 8 + bit_slots * 24 : bit_slots * 8 + 24) + 3072;
   }
 };
 
@@ -62,6 +64,8 @@ struct BackwardParams {
   TensorMapBytes k;
   TensorMapBytes v;
   TensorMapBytes out_grad;
+  TensorMapBytes k_grad_map;  // boxes of 16 rows; not wide, and keys in the caller's order
+  TensorMapBytes v_grad_map;
 
   const void* out;
   int64_t out_batch_stride, out_row_stride, out_head_stride;
@@ -99,6 +103,7 @@ struct BackwardParams {
   int32_t row_tiles;
   int32_t pairs;  // batch * kv_heads: (batch, kv head) pairs, heads innermost
   int32_t chunk;  // pairs that run together, so that their Q, dO and dQ stay in L2
+  int32_t tail;   // pairs at the end that run together, so that blocks end together
   int32_t items;  // pairs * key tiles
 
   plan::TileMap columns;  // outer: key tiles

@@ -63,6 +63,30 @@ __device__ __forceinline__ void read_words(const uint32_t (*bits)[2], int key, i
   }
 }
 
+// Rows [row, row + 32) that see a key.
+template <int kKeys>
+__device__ __forceinline__ uint32_t word_of_runs(const BackwardParams& p,
+                                                 const KeyRuns<kKeys>& runs, int key, int row) {
+  uint32_t word = rules::run_word(runs.ends[0][key], runs.ends[1][key], row);
+  if (p.recipe.holes > 0) word &= ~rules::run_word(runs.ends[2][key], runs.ends[3][key], row);
+  if (p.recipe.holes > 1) word &= ~rules::run_word(runs.ends[4][key], runs.ends[5][key], row);
+  return word;
+}
+
+// The words that read_words reads, from the runs of rows that see the keys. `row`: the tile's
+// first.
+template <int kKeys>
+__device__ __forceinline__ void words_of_runs(const BackwardParams& p, const KeyRuns<kKeys>& runs,
+                                              int key, int q, int row, uint32_t (&words)[2][2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      words[r][half] = word_of_runs(p, runs, key + 8 * r, row + 32 * half + 2 * q);
+    }
+  }
+}
+
 // dS = P (dP - sums), packed as an A operand. `weight_grads`: dP - sums; `weight(i)`: P.
 template <bool kHalf, typename Weight>
 __device__ __forceinline__ void pack_slopes(const float (&weight_grads)[kPieceValues],

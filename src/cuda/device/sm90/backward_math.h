@@ -7,6 +7,7 @@
 // themselves.
 #pragma once
 
+#include "cuda/device/ptx/tma.h"
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
@@ -37,6 +38,7 @@ struct BackwardMath {
   Ring<C.slope_slots> slope_ring;
   Ring<C.bit_slots> bit_ring;
   uint32_t v_parity = 0;  // of v_full
+  int run_slot = -1;      // where the runs of the item's keys are
 
   // One arrival a warp.
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
@@ -103,16 +105,30 @@ struct BackwardMath {
 
   // ---- between the products ---------------------------------------------------------------------
 
+  __device__ __forceinline__ void take_runs() {
+    if (run_slot >= 0) arrive(shared.bits_empty[run_slot]);
+    run_slot = bit_ring.slot;
+    shared.bits_full[run_slot].wait(bit_ring.parity);
+    bit_ring.next();
+  }
+
   __device__ __forceinline__ void make_weights(int stage, float (&scores)[kPieceValues],
                                                uint32_t (&weights)[kPieceValues / 2]) {
-    const int partial = ptx::uniform(shared.steps[stage].partial);
+    const BackwardStep& step = shared.steps[stage];
+    const int partial = ptx::uniform(step.partial);
     weights_from_scores(scores, p.scale_log2);
     if (partial != 0) {
       uint32_t words[2][2];
-      shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
-      read_words(shared.bits[bit_ring.slot], 64 * w + 16 * warp + lane / 4, lane % 4, words);
-      arrive(shared.bits_empty[bit_ring.slot]);
-      bit_ring.next();
+      const int key = 64 * w + 16 * warp + lane / 4;
+      if constexpr (C.masks() == MaskPath::kRuns) {
+        if (partial == 2) take_runs();
+        words_of_runs(p, shared.runs[run_slot], key, lane % 4, step.first_row, words);
+      } else {
+        shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+        read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
+        arrive(shared.bits_empty[bit_ring.slot]);
+        bit_ring.next();
+      }
       hide(scores, words);
     }
 #pragma unroll
@@ -143,20 +159,55 @@ struct BackwardMath {
 
   // ---- an item ----------------------------------------------------------------------------------
 
+  // This warpgroup's 64 keys of dK or dV: 16 keys x 64 columns at a time through shared memory and
+  // the copy engine, which costs a third of what stores from registers do; those remain for keys
+  // that have to go to places of their own.
+  template <int kDepth>
+  __device__ __forceinline__ void store_grad(const BackwardItem& item,
+                                             const float (&grad)[kDepth / 2], float scale,
+                                             const TensorMapBytes& map, uint16_t* direct,
+                                             int64_t row_stride, int depth) {
+    const int first_key = item.key_tile * C.columns() + 64 * w;
+    if (const int32_t* order = key_order(p, item)) {
+      store_rows<kHalf>(grad, scale, direct, row_stride, order, first_key, p.kv_len, depth, warp,
+                        lane);
+      return;
+    }
+    uint8_t* staged = shared.grads[kMathWarps * w + warp];
+#pragma unroll
+    for (int slab = 0; slab < kDepth / kSlabColumns; ++slab) {
+      uint32_t packed[kPieceValues / 2];
+#pragma unroll
+      for (int i = 0; i < kPieceValues; i += 2) {
+        const int at = kPieceValues * slab + i;
+        packed[i / 2] = pack_pair<kHalf>(grad[at] * scale, grad[at + 1] * scale);
+      }
+      if (lane == 0) ptx::bulk_wait_read<0>();
+      __syncwarp();
+      store_fragments(fragment_address(staged, 0, lane), packed);
+      ptx::fence_async_shared();
+      __syncwarp();
+      if (lane == 0) {
+        ptx::store_box(&map, staged, slab * kSlabColumns, first_key + 16 * warp, item.kv_head,
+                       item.batch);
+        ptx::bulk_commit();
+      }
+    }
+  }
+
   __device__ __forceinline__ void store_v_grad(const BackwardItem& item,
                                                const float (&v_grad)[C.value_depth / 2]) {
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
                    item.kv_head * p.v_grad_head_stride;
-    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, key_order(p, item),
-                      item.key_tile * C.columns() + 64 * w, p.kv_len, p.value_depth, warp, lane);
+    store_grad<C.value_depth>(item, v_grad, 1.0f, p.v_grad_map, to, p.v_grad_row_stride,
+                              p.value_depth);
   }
 
   __device__ __forceinline__ void store_k_grad(const BackwardItem& item,
                                                const float (&k_grad)[C.depth / 2]) {
     uint16_t* to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
                    item.kv_head * p.k_grad_head_stride;
-    store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, key_order(p, item),
-                      item.key_tile * C.columns() + 64 * w, p.kv_len, p.depth, warp, lane);
+    store_grad<C.depth>(item, k_grad, p.scale, p.k_grad_map, to, p.k_grad_row_stride, p.depth);
   }
 
   __device__ __forceinline__ void issue_scores(float (&piece)[kPieceValues]) {
@@ -276,6 +327,7 @@ struct BackwardMath {
       item = next;
     }
     ptx::wgmma_wait<0>();
+    if (lane == 0) ptx::bulk_wait<0>();
   }
 };
 

@@ -77,16 +77,15 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       const int head = item.kv_head * p.group_heads + i;
       bool fresh = true;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
-      for_each_row_tile(p, item, head, lane, [&](int tile, uint32_t partial) {
-        BackwardStep step = {first_tile + tile, static_cast<int32_t>(partial), 0, -1};
-        if constexpr (C.chained != 0) {
-          step.turn = turn_of(p, item, head, tile, lane);
-          const int64_t row = map_row(p, p.rows, mask_place(p, item.batch, head), tile);
-          if (step.turn + 1 == p.rows.count[row]) step.last_head = head;
-        }
-        const int row = tile * kBackwardRows;
-        if (partial != 0) {
-          ask_for_bits({item.key_tile, tile, mask_place(p, item.batch, head), fresh});
+      const auto visit = [&](const RowTile& visited) {
+        const int row = visited.tile * kBackwardRows;
+        BackwardStep step = {first_tile + visited.tile, row, 0, visited.turn,
+                             visited.last ? head : -1};
+        if (visited.partial != 0) {
+          step.partial = fresh ? 2 : 1;
+          if (fresh || C.masks() != MaskPath::kRuns) {
+            ask_for_bits({item.key_tile, visited.tile, mask_place(p, item.batch, head), fresh});
+          }
           fresh = false;
         }
         shared.q_empty[q_ring.slot].wait(q_ring.parity ^ 1);
@@ -94,6 +93,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
           ptx::Barrier& full = shared.q_full[q_ring.slot];
           shared.steps[q_ring.slot] = step;
           if constexpr (C.wide == 0) shared.sent[sent_ring.slot] = step;
+          if constexpr (Shared::kWaitsForTurns) shared.sent_full[sent_ring.slot].arrive();
           full.arrive_expect(Shared::kQBytes);
 #pragma unroll
           for (int slab = 0; slab < Shared::kSlabs; ++slab) {
@@ -127,7 +127,14 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         if constexpr (C.k_stages > 1) load_k(item);
         load_v(item);
         if constexpr (C.k_stages == 1) load_k(item);
-      });
+      };
+      Span late = {0, 0};
+      if constexpr (C.chained != 0) {
+        const rules::Place place = mask_place(p, item.batch, head);
+        late = late_row_tiles(p.columns, map_row(p, p.columns, place, item.key_tile), lane);
+      }
+      for_each_row_tile<C>(p, item, head, {late.end, p.row_tiles}, lane, visit);
+      if constexpr (C.chained != 0) for_each_row_tile<C>(p, item, head, late, lane, visit);
     }
     if (C.chained != 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);

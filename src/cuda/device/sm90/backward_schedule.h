@@ -26,9 +26,9 @@ __device__ __forceinline__ const int32_t* key_order(const BackwardParams& p,
 template <BackwardConfig C>
 __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int index) {
   const int tiles = p.columns.outer_tiles;
-  const int chunk = index / (p.chunk * tiles);
-  const int first_pair = chunk * p.chunk;
-  const int pairs = rules::min_of(p.chunk, p.pairs - first_pair);
+  const int before_tail = p.pairs - p.tail;  // whole chunks
+  const int first_pair = rules::min_of(index / (p.chunk * tiles) * p.chunk, before_tail);
+  const int pairs = first_pair < before_tail ? p.chunk : p.tail;
   const int rest = index - first_pair * tiles;
   const int rank = rest / pairs;
   const int pair = first_pair + rest - rank * pairs;
@@ -50,50 +50,87 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   return item;
 }
 
-// Calls visit(row tile, partial) for the row tiles that the item's key tile meets under `head`, in
+// A row tile that an item's key tile meets.
+struct RowTile {
+  int tile;
+  uint32_t partial;
+  int turn;   // chained: how many key tiles come before this one among those that it really meets,
+  bool last;  // and whether none comes after
+};
+
+// Chained: a lane's own row tile.
+__device__ __forceinline__ void find_turn(const BackwardParams& p, rules::Place place, int key_tile,
+                                          RowTile& mine) {
+  const plan::TileMap& map = p.rows;
+  const int64_t row = map_row(p, map, place, mine.tile);
+  const uint32_t* visible = map.visible + row * map.words;
+  int word = key_tile / 32;
+  mine.turn = __popc(visible[word] & ~rules::low_bits(key_tile % 32 + 1));
+  while (++word < map.words) mine.turn += __popc(visible[word]);
+  mine.last = mine.turn + 1 == map.count[row];
+}
+
+struct Span {
+  int begin, end;
+};
+
+// Chained: the row tiles that an item leaves for its end: those before the first gap, if there is
+// one. They may be rows that every key tile meets (a global_sliding_window's first ones), and all
+// items that began with them would have to begin one after the other.
+__device__ __forceinline__ Span late_row_tiles(const plan::TileMap& map, int64_t row, int lane) {
+  const uint32_t mine = lane < map.words ? map.visible[row * map.words + lane] : 0;
+  const uint32_t owners = __ballot_sync(0xffffffffu, mine != 0);
+  if (owners == 0) return {0, 0};
+  const int owner = __ffs(owners) - 1;
+  const uint32_t word = __shfl_sync(0xffffffffu, mine, owner);
+  const int first = __ffs(word) - 1;
+  const int length =
+      __ffs(~(word >> first)) - 1;  // -1: up to the word's end, so no gap that is seen
+  const bool gap = length > 0 && first + length < 32 && length < map.count[row];
+  return gap ? Span{owner * 32 + first, owner * 32 + first + length} : Span{0, 0};
+}
+
+// Calls visit(row tile) for the row tiles of `span` that the item's key tile meets under `head`, in
 // ascending order, with the whole warp converged.
-template <typename Visit>
+template <BackwardConfig C, typename Visit>
 __device__ __forceinline__ void for_each_row_tile(const BackwardParams& p, const BackwardItem& item,
-                                                  int head, int lane, Visit&& visit) {
+                                                  int head, Span span, int lane, Visit&& visit) {
+  constexpr unsigned kAll = 0xffffffffu;
   const plan::TileMap& map = p.columns;
-  const int64_t row = map_row(p, map, mask_place(p, item.batch, head), item.key_tile);
+  const rules::Place place = mask_place(p, item.batch, head);
+  const int64_t row = map_row(p, map, place, item.key_tile);
   const uint32_t* visible = map.visible + row * map.words;
   const uint32_t* hidden = map.hidden + row * map.words;
 #pragma unroll 1
-  for (int base = 0; base < map.words; base += 32) {
-    const bool inside = base + lane < map.words;
-    const uint32_t my_hidden = inside ? hidden[base + lane] : 0;
-    const uint32_t my_tiles = inside ? visible[base + lane] : 0;
-    uint32_t owners = __ballot_sync(0xffffffffu, my_tiles != 0);
+  for (int base = span.begin / 32; base < map.words; base += 32) {
+    const int index = base + lane;
+    const bool inside = index < map.words;
+    const uint32_t my_hidden = inside ? hidden[index] : 0;
+    uint32_t my_tiles = inside ? visible[index] : 0;
+    my_tiles &= rules::run_word(span.begin, span.end, index * 32);
+    uint32_t owners = __ballot_sync(kAll, my_tiles != 0);
 #pragma unroll 1
     while (owners != 0) {
       const int owner = __ffs(owners) - 1;
       owners &= owners - 1;
-      uint32_t tiles = __shfl_sync(0xffffffffu, my_tiles, owner);
-      const uint32_t partial = __shfl_sync(0xffffffffu, my_hidden, owner);
+      uint32_t tiles = __shfl_sync(kAll, my_tiles, owner);
+      const uint32_t partial = __shfl_sync(kAll, my_hidden, owner);
+      RowTile mine = {(base + owner) * 32 + lane, 0, 0, false};
+      // For 32 row tiles at once: one after the other would cost a trip to memory each.
+      if (C.chained != 0 && (tiles >> lane & 1) != 0) find_turn(p, place, item.key_tile, mine);
 #pragma unroll 1
       while (tiles != 0) {
         const int bit = __ffs(tiles) - 1;
         tiles &= tiles - 1;
-        visit((base + owner) * 32 + bit, (partial >> bit) & 1);
+        RowTile one = {(base + owner) * 32 + bit, (partial >> bit) & 1, 0, false};
+        if constexpr (C.chained != 0) {
+          one.turn = __shfl_sync(kAll, mine.turn, bit);
+          one.last = __shfl_sync(kAll, static_cast<int>(mine.last), bit) != 0;
+        }
+        visit(one);
       }
     }
   }
-}
-
-// Chained: how many key tiles come before this one among those that the row tile really meets.
-__device__ __forceinline__ int turn_of(const BackwardParams& p, const BackwardItem& item, int head,
-                                       int row_tile, int lane) {
-  const plan::TileMap& map = p.rows;
-  const uint32_t* visible =
-      map.visible + map_row(p, map, mask_place(p, item.batch, head), row_tile) * map.words;
-  int before = 0;
-  for (int word = item.key_tile / 32 + lane; word < map.words; word += 32) {
-    const uint32_t mine =
-        word == item.key_tile / 32 ? ~rules::low_bits(item.key_tile % 32 + 1) : 0xffffffffu;
-    before += __popc(visible[word] & mine);
-  }
-  return static_cast<int>(__reduce_add_sync(0xffffffffu, static_cast<unsigned>(before)));
 }
 
 }  // namespace anymask::cuda

@@ -19,7 +19,8 @@ struct BackwardItem {
 // One row tile of one query head.
 struct BackwardStep {
   int32_t row_tile;   // among all of the workspace: (batch * q_heads + head) * row_tiles + tile
-  int32_t partial;    // its bits are needed
+  int32_t first_row;  // of the head's
+  int32_t partial;    // 1: its bits are needed, 2: so they are, and under runs asked for just now
   int32_t turn;       // chained: how many key tiles add to its dQ before this one,
   int32_t last_head;  // and the query head where no other follows, else -1
 };
@@ -32,13 +33,17 @@ struct BitRequest {
   int32_t fresh;  // the key tile or the place is another than in the request before
 };
 
-// The rows that see a key under a recipe: [0] <= row < [1], less [2] <= row < [3], [4] <= row <
+// The rows that see each key under a recipe: [0] <= row < [1], less [2] <= row < [3], [4] <= row <
 // [5].
-inline constexpr int kRunEnds = 6;
+template <int kKeys>
+struct KeyRuns {
+  int32_t ends[6][kKeys];
+};
 
 // Steps between the loading warp and the warpgroup that makes dQ: the loader is q_stages ahead of
 // the math warps, and they are slope_slots ahead of it, each give or take one.
 inline constexpr int kSentSlots = 8;
+inline constexpr int kTurnSlots = 2;  // turns that the waiting warp may be ahead
 
 // Numbered barriers: pairs of warpgroups meet, and one warpgroup by itself.
 inline constexpr int kSlopesBarrier = 1;   // wide: dS is in shared memory
@@ -54,24 +59,32 @@ struct BackwardShared {
   static constexpr int kColumns = C.columns();
   static constexpr int kTileRowBytes = kBackwardRows * kSlabRowBytes;  // a slab of 64 rows
 
+  static constexpr int kGradBytes = C.wide != 0 ? 1 : 16 * kSlabRowBytes;
+
   alignas(1024) uint8_t k[C.k_stages][kSlabs][kColumns * kSlabRowBytes];
   alignas(1024) uint8_t v[kValueSlabs][kColumns * kSlabRowBytes];
   alignas(1024) uint8_t q[C.q_stages][kSlabs][kTileRowBytes];
   alignas(1024) uint8_t out_grad[C.o_stages][kValueSlabs][kTileRowBytes];
   // dS^T: a row of 64 queries per key
   alignas(1024) uint8_t slopes[C.slope_slots][kColumns * kSlabRowBytes];
+  // dK and dV on their way out: 16 keys x 64 columns a math warp.
+  alignas(1024) uint8_t grads[C.wide != 0 ? 16 : kMathWarps * kBackwardWarpgroups][kGradBytes];
   alignas(1024) uint8_t weights[C.wide != 0 ? kColumns * kSlabRowBytes : 16];  // P^T, wide only
 
   alignas(128) uint16_t stats[C.q_stages][kBackwardRows][kRowStats];
   // Constants that pick lse [0] and sums [1] from the statistics; [2]: zeros.
   alignas(128) uint16_t units[3][8][kRowStats];
-  alignas(16) uint32_t bits[C.bit_slots][kColumns][2];  // a bit per row: words as the rules make
-
-  int32_t runs[C.machine != 0 ? 1 : kRunEnds][kColumns];  // a lane reads only what it wrote
+  // Of a key: two words of bits, a bit a row, as the rules make them. Or (MaskPath::kRuns) which
+  // rows see it, good for as many row tiles as there are; otherwise that is scratch of who makes
+  // bits, and a lane reads only what it wrote.
+  static constexpr bool kHandsOverRuns = C.masks() == MaskPath::kRuns;
+  alignas(16) uint32_t bits[kHandsOverRuns ? 1 : C.bit_slots][kColumns][2];
+  KeyRuns<kColumns> runs[kHandsOverRuns ? C.bit_slots : 1];
 
   ptx::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full, v_empty;
   ptx::Barrier q_full[C.q_stages], q_empty[C.q_stages];
   ptx::Barrier out_grad_full[C.o_stages], out_grad_empty[C.o_stages];
+  ptx::Barrier sent_full[kSentSlots], turn_full[kTurnSlots], turn_empty[kTurnSlots];
   ptx::Barrier slopes_full[C.slope_slots], slopes_empty[C.slope_slots], weights_empty;
   ptx::Barrier request_full[C.bit_slots], bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
@@ -84,8 +97,10 @@ struct BackwardShared {
   static constexpr int kMathArrivals = kMathWarps * kBackwardWarpgroups;
   // Who reads K and the list of items: the warpgroup that makes dQ too.
   static constexpr int kAllArrivals = kMathArrivals + (C.wide != 0 ? 0 : kMathWarps);
-  // Warp 0 of the producer warpgroup loads, the others make bits.
-  static constexpr int kFirstBitWarp = 1;
+  // Warp 0 of the producer warpgroup loads, the next one waits for turns if there are any, the
+  // others make bits.
+  static constexpr bool kWaitsForTurns = C.chained != 0 && C.wide == 0;
+  static constexpr int kFirstBitWarp = kWaitsForTurns ? 2 : 1;
   static constexpr int kKeyBitWarps = kMathWarps - kFirstBitWarp;
 
   static constexpr uint32_t kKBytes = kColumns * C.depth * 2;
@@ -128,6 +143,11 @@ struct BackwardShared {
       out_grad_full[s].init(1);
       out_grad_empty[s].init(kMathArrivals);
     }
+    for (int s = 0; s < kSentSlots; ++s) sent_full[s].init(1);
+    for (int s = 0; s < kTurnSlots; ++s) {
+      turn_full[s].init(1);
+      turn_empty[s].init(kMathWarps);
+    }
     for (int s = 0; s < C.slope_slots; ++s) {
       slopes_full[s].init(kMathArrivals);
       slopes_empty[s].init(kMathWarps);
@@ -140,7 +160,7 @@ struct BackwardShared {
     }
     for (int s = 0; s < kItemSlots; ++s) {
       item_full[s].init(1);
-      item_empty[s].init(kAllArrivals);
+      item_empty[s].init(kAllArrivals + (kWaitsForTurns ? 1 : 0));
     }
     ptx::fence_barrier_init();
   }

@@ -38,6 +38,7 @@ struct BackwardWide {
   Ring<C.bit_slots> bit_ring;
   uint32_t kv_parity = 0;
   uint32_t weights_parity = 1;  // of weights_empty
+  int run_slot = -1;            // where the runs of the item's keys are
 
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
     __syncwarp();
@@ -97,15 +98,28 @@ struct BackwardWide {
 
   // ---- between the products ---------------------------------------------------------------------
 
+  __device__ __forceinline__ void take_runs() {
+    if (run_slot >= 0) arrive(shared.bits_empty[run_slot]);
+    run_slot = bit_ring.slot;
+    shared.bits_full[run_slot].wait(bit_ring.parity);
+    bit_ring.next();
+  }
+
   __device__ __forceinline__ void publish_weights(const BackwardStep& step,
                                                   float (&piece)[kPieceValues]) {
     weights_from_scores(piece, p.scale_log2);
     if (step.partial != 0) {
       uint32_t words[2][2];
-      shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
-      read_words(shared.bits[bit_ring.slot], 16 * warp + lane / 4, lane % 4, words);
-      arrive(shared.bits_empty[bit_ring.slot]);
-      bit_ring.next();
+      const int key = 16 * warp + lane / 4;
+      if constexpr (C.masks() == MaskPath::kRuns) {
+        if (step.partial == 2) take_runs();
+        words_of_runs(p, shared.runs[run_slot], key, lane % 4, step.first_row, words);
+      } else {
+        shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+        read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
+        arrive(shared.bits_empty[bit_ring.slot]);
+        bit_ring.next();
+      }
       hide(piece, words);
     }
     uint32_t packed[kPieceValues / 2];
@@ -137,11 +151,13 @@ struct BackwardWide {
 
   // One row tile; its piece is issued. kMore: on return the next one's is.
   template <bool kMore>
-  __device__ __forceinline__ void one_step(const BackwardItem& item, float (&piece)[kPieceValues],
-                                           float (&k_grad)[kPart / 2], float (&v_grad)[kPart / 2]) {
+  __device__ __forceinline__ void one_step(const BackwardItem& item, QuerySums<C>& sums,
+                                           float (&piece)[kPieceValues], float (&k_grad)[kPart / 2],
+                                           float (&v_grad)[kPart / 2]) {
     const int q_slot = q_ring.slot, o_slot = o_ring.slot;
     const BackwardStep& read = shared.steps[q_slot];
-    const BackwardStep step = {ptx::uniform(read.row_tile), ptx::uniform(read.partial), read.turn,
+    const BackwardStep step = {ptx::uniform(read.row_tile), read.first_row,
+                               ptx::uniform(read.partial), read.turn,
                                C.chained != 0 ? ptx::uniform(read.last_head + 1) - 1 : -1};
     q_ring.next();
     o_ring.next();
@@ -165,11 +181,10 @@ struct BackwardWide {
     ptx::pin(q_grad);
     if (w == 1) arrive(shared.weights_empty);
     arrive(shared.out_grad_empty[o_slot]);
-    if (C.chained != 0 && step.last_head >= 0) {
-      finish_in_turn<C>(p, step, item.batch, w, 32 * warp + lane, q_grad);
-    } else {
-      add_in_turn<C>(p, step, w, 32 * warp + lane, q_grad);
-    }
+    sums.settle();
+    sums.await(step);
+    sums.add(step, item.batch, w, q_grad);
+    sums.finish(step);
     if constexpr (kMore) {
       issue_piece(piece);
       ptx::wgmma_wait<1>();  // dK
@@ -181,7 +196,8 @@ struct BackwardWide {
     arrive(shared.q_empty[q_slot]);
   }
 
-  __device__ __forceinline__ void all_steps(const BackwardItem& item, float (&k_grad)[kPart / 2],
+  __device__ __forceinline__ void all_steps(const BackwardItem& item, QuerySums<C>& sums,
+                                            float (&k_grad)[kPart / 2],
                                             float (&v_grad)[kPart / 2]) {
     float piece[kPieceValues];  // S, then P; or dP
     shared.k_full[0].wait(kv_parity);
@@ -189,8 +205,9 @@ struct BackwardWide {
     kv_parity ^= 1;
     issue_piece(piece);
 #pragma unroll 1
-    for (int t = 1; t < item.steps; ++t) one_step<true>(item, piece, k_grad, v_grad);
-    one_step<false>(item, piece, k_grad, v_grad);
+    for (int t = 1; t < item.steps; ++t) one_step<true>(item, sums, piece, k_grad, v_grad);
+    one_step<false>(item, sums, piece, k_grad, v_grad);
+    sums.settle();
     arrive(shared.k_empty[0]);
     arrive(shared.v_empty);
   }
@@ -212,6 +229,7 @@ struct BackwardWide {
   // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
+    QuerySums<C> sums{p, w, 32 * warp + lane};
     Ring<kItemSlots> items;
 #pragma unroll 1
     for (;; items.next()) {
@@ -224,7 +242,7 @@ struct BackwardWide {
       float k_grad[kPart / 2], v_grad[kPart / 2];
 #pragma unroll
       for (int i = 0; i < kPart / 2; ++i) k_grad[i] = v_grad[i] = 0.0f;
-      if (item.steps > 0) all_steps(item, k_grad, v_grad);
+      if (item.steps > 0) all_steps(item, sums, k_grad, v_grad);
       store(item, k_grad, v_grad);
     }
   }

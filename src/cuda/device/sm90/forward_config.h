@@ -73,14 +73,15 @@ struct RunRecipe {
   int32_t segments;
   int32_t prefix;
   int32_t bits;
-  int32_t ids;  // then the rest of the recipe holds too
+  int32_t ids;    // then the rest of the recipe holds too
+  int32_t holes;  // runs of masked rows a column that bands and the like cannot express: 0, 1, 2
 };
 
 // The recipe of `program`, where it has one. Host only.
 inline RunRecipe recipe_of(const rules::Program& program) {
   using rules::Op;
   constexpr int kFar = 1 << 30;
-  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1, -1};
+  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1, -1, 0};
   for (int i = 0; i < program.count; ++i) {
     const rules::Node& node = program.nodes[i];
     int32_t* slot = nullptr;
@@ -112,11 +113,23 @@ inline RunRecipe recipe_of(const rules::Program& program) {
       default:
         break;
     }
-    if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, -1};
+    if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, -1, 0};
     *slot = i;
   }
   if (recipe.ids >= 0) recipe.usable = 0;
+  if (recipe.intervals >= 0) {
+    const auto form = static_cast<rules::IntervalForm>(program.nodes[recipe.intervals].flag);
+    if (form == rules::IntervalForm::kRun) recipe.holes = 1;
+    if (form == rules::IntervalForm::kTwoRuns) recipe.holes = 2;
+  }
   return recipe;
+}
+
+// How the forward pass makes bits under a recipe. Host only.
+inline MaskPath mask_path(const RunRecipe& recipe) {
+  if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
+  const bool one_run = recipe.bits < 0 && recipe.ids < 0 && recipe.holes == 0;
+  return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
 }
 
 struct ForwardParams {

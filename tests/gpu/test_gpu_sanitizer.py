@@ -1,0 +1,59 @@
+"""A small set that touches every kind of kernel, for compute-sanitizer (see sanitizer.sh).
+
+Its reference is the CPU backend, so that hardly any kernel but anymask's own runs.
+"""
+
+from __future__ import annotations
+
+import anymask as am
+import numpy as np
+import pytest
+import torch
+from problem import DEVICE
+
+DIMS = [(64, 64), (72, 72), (128, 128), (192, 128), (256, 256)]
+
+
+def masks(b, h, m, n):
+    rng = np.random.default_rng(0)
+    q_ids, kv_ids = (np.sort(rng.integers(0, 3, (b, size))).astype(np.int32) for size in (m, n))
+    return {
+        "runs": am.causal() & am.intervals(rng.integers(0, m, (1, 1, n, 1)).astype(np.int32), True),
+        "recipe": am.sliding_window(50, 20)
+        & am.intervals(rng.integers(0, m, (1, h, n, 4)).astype(np.int32), False)
+        & am.dense(rng.random((b, 1, m, n)) < 0.9),
+        "machine": am.documents(q_ids, kv_ids) | ~am.blocks(rng.random((1, 1, 20, 30)) < 0.5, 16),
+        "ids": am.causal() & am.documents(q_ids, kv_ids),
+        "reordered": am.dense(rng.random((1, h, m, n)) < 0.1).reordered(),
+    }
+
+
+def on(device, tensors, mask, dout, deterministic):
+    leaves = [x.to(device, copy=True).requires_grad_() for x in tensors]
+    mask = mask.to(device)
+    plan = am.plan(
+        mask, batch=leaves[0].shape[0], q_heads=leaves[0].shape[2], kv_heads=leaves[1].shape[2],
+        q_len=leaves[0].shape[1], kv_len=leaves[1].shape[1], head_dim=leaves[0].shape[3],
+        v_head_dim=leaves[2].shape[3], dtype=leaves[0].dtype, device=device,
+    )  # fmt: skip
+    out, lse = am.attention(
+        *leaves, plan=plan, return_lse=True, deterministic=deterministic
+    )  # fmt: skip
+    return [x.cpu() for x in (out, lse, *torch.autograd.grad(out, leaves, dout.to(device)))]
+
+
+@pytest.mark.parametrize("kind", ["runs", "recipe", "machine", "ids", "reordered"])
+@pytest.mark.parametrize("dims", DIMS, ids=lambda dims: f"{dims[0]}-{dims[1]}")
+def test_small_set(dims, kind):
+    b, h, kv_heads, m, n = 1, 2, 1, 310, 470
+    dtype = torch.float16 if dims[0] == 72 else torch.bfloat16
+    shapes = [(b, m, h, dims[0]), (b, n, kv_heads, dims[0]), (b, n, kv_heads, dims[1])]
+    q, k, v, dout = (torch.randn(s).to(dtype) for s in (*shapes, (b, m, h, dims[1])))
+    mask = masks(b, h, m, n)[kind]
+    expected = on(torch.device("cpu"), (q, k, v), mask, dout, False)
+    for deterministic in (False, True):
+        found = on(DEVICE, (q, k, v), mask, dout, deterministic)
+        for x, y in zip(found, expected):
+            assert not x.isnan().any() and torch.equal(x.isinf(), y.isinf())
+            x, y = (each.float().nan_to_num(neginf=0) for each in (x, y))
+            assert (x - y).norm() <= 2e-2 * y.norm()
