@@ -124,7 +124,6 @@ int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool 
 void attention_forward(const ForwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_forward(args, problem);
-  if (on_cuda(problem)) refuse_scores(args.scores);
   const double scale = check_scale(args.scale, problem);
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
   if (on_cuda(problem)) return cuda::forward(args, problem, plan.get(), scale);

@@ -10,10 +10,11 @@ namespace anymask::cpu::ANYMASK_ISA {
 struct RowWords {
   using Word = VecU32;
   // Products of the even lanes, then of the odd ones.
-  static ANYMASK_INLINE Word multiply_high(uint32_t a, Word b) {
+  static ANYMASK_INLINE void multiply(uint32_t a, Word b, Word& high, Word& low) {
     const VecU64 even = products(splat<VecU32>(a), b);
     const VecU64 odd = products(splat<VecU32>(a), bit_cast<VecU32>(bit_cast<VecU64>(b) >> 32));
-    return bit_cast<VecU32>((even >> 32) | (odd & 0xffffffff00000000ull));
+    high = bit_cast<VecU32>((even >> 32) | (odd & 0xffffffff00000000ull));
+    low = b * a;
   }
   static ANYMASK_INLINE VecU64 products(VecU32 a, VecU32 b) {
 #if defined(__AVX512F__)

@@ -101,6 +101,7 @@ void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& 
   call.program = &plan.program;
   call.rows = plan.forward_rows;
   call.scale = scale;
+  call.scores = &args.scores;
   forward(call, ordinal, stream);
 }
 

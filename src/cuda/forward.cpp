@@ -6,6 +6,7 @@
 
 #include "anymask/error.hpp"
 #include "cuda/device/sm90/forward_config.h"
+#include "cuda/scores.h"
 #include "cuda/views.h"
 
 namespace anymask::cuda {
@@ -26,10 +27,13 @@ constexpr int padded(int64_t depth) {
   return depth <= 64 ? 64 : depth <= 128 ? 128 : depth <= 192 ? 192 : 256;
 }
 
+constexpr int kSharedBytes = 227 * 1024;  // of a block
+
 // What the measurements in docs/kernels/forward.md chose. Output and scores of a math warpgroup
 // must fit its registers: up to 128 output columns leave room for three warpgroups, which share
 // each tile of K and V; wider outputs for two, whose products then overlap their own softmax.
-constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath masks) {
+constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath masks,
+                                int32_t features = 0) {
   ForwardConfig c{};
   c.half = half;
   c.depth = depth;
@@ -63,17 +67,24 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
     c.math_registers = 232;
     c.load_registers = 40;
   }
+  // What score options need of shared memory comes off the slots of bits, then off V.
+  c.features = features;
+  while (c.shared_bytes() > kSharedBytes && c.bit_slots > 1) --c.bit_slots;
+  while (c.shared_bytes() > kSharedBytes && c.v_stages > 1) --c.v_stages;
   return c;
 }
 
 constexpr int kDepths[] = {64, 128, 192, 256};
 
 constexpr bool variants_fit() {
-  constexpr int kSharedBytes = 227 * 1024;
   for (const int depth : kDepths) {
     for (const int value_depth : kDepths) {
       const ForwardConfig c = variant(depth, value_depth, false, MaskPath::kRuns);
+      const int32_t all = kSoftcap | kKeyBias | kBias | kDropout;
       if (c.shared_bytes() > kSharedBytes) return false;
+      if (variant(depth, value_depth, false, MaskPath::kRuns, all).shared_bytes() > kSharedBytes) {
+        return false;
+      }
       // Registers are dealt out at launch, in eights a thread; trading cannot make more of them.
       const int at_launch = 65536 / c.threads() / 8 * 8 * (c.warpgroups + 1);
       if (c.warpgroups * c.math_registers + c.load_registers > at_launch) return false;
@@ -86,15 +97,15 @@ static_assert(variants_fit());
 KernelConfig kernel_config(const ForwardConfig& c) {
   KernelConfig config;
   config.family = &kForward;
-  config.values = {c.half,      c.depth,          c.value_depth,   c.warpgroups, c.columns,
-                   c.k_stages,  c.v_stages,       c.bit_slots,     c.overlap,    c.pieces,
-                   c.mask_path, c.math_registers, c.load_registers};
-  config.count = 13;
+  config.values = {c.half,      c.depth,          c.value_depth,    c.warpgroups, c.columns,
+                   c.k_stages,  c.v_stages,       c.bit_slots,      c.overlap,    c.pieces,
+                   c.mask_path, c.math_registers, c.load_registers, c.features};
+  config.count = 14;
   config.threads = c.threads();
   config.shared_bytes = c.shared_bytes();
   return config;
 }
-static_assert(sizeof(ForwardConfig) == 13 * sizeof(int32_t));
+static_assert(sizeof(ForwardConfig) == 14 * sizeof(int32_t));
 
 // ---- parameters ---------------------------------------------------------------------------------
 
@@ -126,8 +137,8 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   ForwardParams params{};
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
-  const ForwardConfig config =
-      variant(padded(problem.head_dim), padded(problem.v_head_dim), half, mask_path(params.recipe));
+  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
+                                       mask_path(params.recipe), features_of(*call.scores));
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
@@ -144,11 +155,11 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   params.q_len = static_cast<int32_t>(problem.q_len);
   params.kv_len = static_cast<int32_t>(problem.kv_len);
   params.value_depth = static_cast<int32_t>(problem.v_head_dim);
-  // Masked scores are -inf, so the factor must be above 0: its sign goes to the scores, and a scale
-  // of 0 becomes one that leaves nothing of any score.
   constexpr double kLog2E = 1.4426950408889634;
-  params.scale_log2 = static_cast<float>(std::max(std::abs(call.scale), 1e-30) * kLog2E);
-  params.negate = call.scale < 0 ? 1 : 0;
+  params.scale_log2 = static_cast<float>(score_factor(*call.scores, call.scale) * kLog2E);
+  params.negate = call.scale < 0 && !(call.scores->softcap > 0) ? 1 : 0;
+  params.scores =
+      score_params(*call.scores, problem, call.scale, call.program->key_order != nullptr);
   params.pairs = static_cast<int32_t>(problem.batch * problem.q_heads);
   params.chunk = chunk_of(problem, gpu(ordinal).l2_bytes);
   const int64_t items = int64_t{params.pairs} * call.rows.outer_tiles;
@@ -176,6 +187,10 @@ std::vector<KernelConfig> forward_kernels() {
     for (const bool half : {false, true}) {
       for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine}) {
         all.push_back(kernel_config(variant(depth, value_depth, half, masks)));
+      }
+      if (depth == 192) continue;
+      for (const int32_t feature : {kSoftcap, kKeyBias, kBias, kDropout}) {
+        all.push_back(kernel_config(variant(depth, value_depth, half, MaskPath::kRuns, feature)));
       }
     }
   }

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "anymask/types.hpp"
+#include "anymask/attention.hpp"
 #include "cuda/kernel.h"
 #include "plan/layout.h"
 #include "rules/program.h"
@@ -21,6 +21,7 @@ struct ForwardCall {
       program;         // dense leaves packed; with a key order, k and v are in that order
   plan::TileMap rows;  // row map in forward_tile_shape
   double scale;
+  const ScoreOptions* scores;
   void* workspace;  // kForwardWorkspaceBytes, nobody else's until the work is done
 };
 

@@ -11,11 +11,13 @@
 
 namespace anymask::rules {
 
-// What Philox counts with: a word here; the CPU's kernels bring vectors of them, a row a lane.
+// What Philox counts with: a word here; kernels bring several of them at once.
 struct ScalarWords {
   using Word = uint32_t;
-  static ANYMASK_RULE Word multiply_high(uint32_t a, Word b) {
-    return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+  static ANYMASK_RULE void multiply(uint32_t a, Word b, Word& high, Word& low) {
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    high = static_cast<uint32_t>(product >> 32);
+    low = static_cast<uint32_t>(product);
   }
 };
 
@@ -36,9 +38,9 @@ ANYMASK_RULE PhiloxBlock<Words> philox(const PhiloxBlock<Words>& counter, uint32
 #pragma unroll
 #endif
   for (int round = 0; round < kRounds; ++round) {
-    const auto high0 = Words::multiply_high(kFactor0, x0);
-    const auto high1 = Words::multiply_high(kFactor1, x2);
-    const auto low0 = x0 * kFactor0, low1 = x2 * kFactor1;
+    typename Words::Word high0, low0, high1, low1;
+    Words::multiply(kFactor0, x0, high0, low0);
+    Words::multiply(kFactor1, x2, high1, low1);
     x0 = high1 ^ x1 ^ key0;
     x1 = low1;
     x2 = high0 ^ x3 ^ key1;
@@ -91,14 +93,16 @@ ANYMASK_RULE int dropout_blocks(uint32_t threshold) {
                                      : 1;
 }
 
-// Bit j % 32: whether `row` drops key j, for the 32 keys with j / 32 == column_block. Rows and keys
-// are the caller's own, whatever the order in which a plan brings them.
+// Bit j % 32: whether `row` drops key j, for the 32 keys with j / 32 == column_block (one for all
+// rows, or a Word). Rows and keys are the caller's own, whatever the order in which a plan brings
+// them.
 //
 // All 32 comparisons of a 16-bit number with the threshold at once, from the lowest bit up: where
-// the threshold has a 1, a number with a 0 is below it, and one with a 1 is if its lower bits are.
-template <class Words>
+// the threshold has a 1, a number with a 0 is below it, and one with a 1 is if its lower bits are;
+// so "below" becomes what two of the three say: the number has a 0, it was below, the bit is set.
+template <class Words, class ColumnBlock>
 ANYMASK_RULE typename Words::Word dropped_keys(const Dropout& dropout, typename Words::Word row,
-                                               uint32_t column_block) {
+                                               ColumnBlock column_block) {
   using Word = typename Words::Word;
   const Word zero = row ^ row;
   Word below = zero;
@@ -106,12 +110,13 @@ ANYMASK_RULE typename Words::Word dropped_keys(const Dropout& dropout, typename 
     const PhiloxBlock<Words> counter = {
         {row, zero + column_block, zero + static_cast<uint32_t>(block), zero}};
     const PhiloxBlock<Words> random = philox(counter, dropout.key0, dropout.key1);
+    const uint32_t bits = dropout.threshold >> (12 - 4 * block);
 #if defined(__CUDACC__)
 #pragma unroll
 #endif
     for (int k = 3; k >= 0; --k) {
-      const bool set = ((dropout.threshold >> (15 - 4 * block - k)) & 1u) != 0;
-      below = set ? (~random.word[k] | below) : (~random.word[k] & below);
+      const uint32_t set = 0u - ((bits >> (3 - k)) & 1u);
+      below = (~random.word[k] & (below | set)) | (below & set);
     }
   }
   return below;

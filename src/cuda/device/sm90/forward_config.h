@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/device/ptx/element.h"
+#include "cuda/device/score_params.h"
 #include "plan/layout.h"
 #include "rules/program.h"
 
@@ -30,7 +31,11 @@ struct ForwardConfig {
   int32_t mask_path;       // a MaskPath
   int32_t math_registers;  // of a thread, after the warpgroups have traded
   int32_t load_registers;
+  int32_t features;  // score options: kSoftcap and so on
 
+  constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
+  // Whether the bit-making warps have something for every tile, not only for partial ones.
+  constexpr bool every_tile() const { return has(kKeyBias | kDropout); }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr int rows() const { return 64 * warpgroups; }
   // A strip (the rows of one warpgroup) works on as few blocks of 64 columns of a partial tile as
@@ -41,10 +46,15 @@ struct ForwardConfig {
   // Words of mask bits per row: a word holds the 32 columns that one thread of a quad owns among
   // 128, so a wider tile has more than one group.
   constexpr int word_groups() const { return (columns + 127) / 128; }
-  // Q, the rings of K and V, the ring of mask bits, and 1 KiB for barriers and the like.
+  // Sets of words in a slot of the ring of bits: the mask's, and of the pairs that dropout keeps.
+  constexpr int word_sets() const { return has(kDropout) ? 2 : 1; }
+  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers and the
+  // like, which need less than 576 bytes.
   constexpr int shared_bytes() const {
+    const int small = 576 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
     return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
-           bit_slots * warpgroups * word_groups() * 1024 + 1024;
+           bit_slots * word_sets() * warpgroups * word_groups() * 1024 +
+           (small + 1023) / 1024 * 1024;
   }
 };
 
@@ -149,6 +159,7 @@ struct ForwardParams {
   plan::TileMap map;
   RunRecipe recipe;
   rules::Program program;
+  ScoreParams scores;
 };
 
 }  // namespace anymask::cuda

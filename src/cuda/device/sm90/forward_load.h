@@ -69,7 +69,7 @@ struct LoadWarp {
   __device__ __forceinline__ void load_k(int tile, bool partial) {
     wait(shared.k_empty[k_ring.slot], k_ring.parity ^ 1);
     if (ptx::elect_one()) {
-      shared.partial[k_ring.slot] = partial;
+      shared.partial[k_ring.slot] = C.has(kBias) ? 2 * tile + partial : partial;
       shared.k_full[k_ring.slot].arrive_expect(Shared::kKBytes);
       load_stage(shared.k[k_ring.slot], p.k, shared.k_full[k_ring.slot], tile);
     }

@@ -5,23 +5,19 @@
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/wgmma.h"
 #include "cuda/device/sm90/forward_shared.h"
+#include "cuda/device/sm90/pair_bias.h"
 #include "cuda/device/sm90/softmax.h"
+#include "cuda/device/sm90/strip_bits.h"
 
 namespace anymask::cuda {
-
-// What the mask leaves of one tile for this warpgroup's strip and this thread's two rows.
-template <ForwardConfig C>
-struct StripMask {
-  int first_block;  // the blocks that the strip sees anything in lie between these,
-  int blocks;       // none where blocks is 0
-  bool hidden;      // and something among them is hidden
-  uint32_t words[2][C.word_groups()];
-};
 
 template <ForwardConfig C>
 struct MathWarp {
   static constexpr auto kElement = C.half ? ptx::Element::kF16 : ptx::Element::kBf16;
   using OutputProduct = ptx::Wgmma<kElement, C.value_depth>;
+  // Biases are what the product is added to; after a cap there is no product left to do that.
+  static constexpr bool kBiased = C.has(kKeyBias | kBias);
+  static constexpr bool kBiasFirst = kBiased && !C.has(kSoftcap);
 
   // The scores of 64 rows and kColumns keys, and P made of them, packed as the A operand of P V.
   template <int kColumns>
@@ -38,9 +34,10 @@ struct MathWarp {
 
   Ring<C.k_stages> k_ring;
   Ring<C.v_stages> v_ring;
-  Ring<C.bit_slots> bit_ring;
+  StripBits<C> bits{shared, w, warp, lane, {}};
   float out[C.value_depth / 2];
   RowState rows;
+  PairBias<C.half != 0> bias;
 
   static __device__ __forceinline__ uint32_t pack(float low, float high) {
     return C.half ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
@@ -56,7 +53,10 @@ struct MathWarp {
 
   // Q K^T of kColumns keys from first_column on.
   template <int kColumns>
-  __device__ __forceinline__ void issue_scores(Tile<kColumns>& tile, int first_column) {
+  __device__ __forceinline__ void issue_scores(Tile<kColumns>& tile, const StripMask<C>& mask,
+                                               int first_column) {
+    if constexpr (kBiasFirst) give_biases<false>(tile, mask, first_column);
+    if constexpr (!kBiased || kBiasFirst) bits.release();
     const uint32_t q = ptx::lower_k_major(shared.q[w]);
     const uint32_t k =
         ptx::lower_k_major(shared.k[k_ring.slot]) + first_column * kSlabRowBytes / 16;
@@ -67,7 +67,8 @@ struct MathWarp {
       const int slab = i / 4, offset = (i % 4) * 32;
       ptx::Wgmma<kElement, kColumns>::product_ss(
           tile.scores, ptx::descriptor(q + (slab * 64 * kSlabRowBytes + offset) / 16),
-          ptx::descriptor(k + (slab * C.columns * kSlabRowBytes + offset) / 16), i > 0);
+          ptx::descriptor(k + (slab * C.columns * kSlabRowBytes + offset) / 16),
+          kBiasFirst || i > 0);
     }
     ptx::wgmma_commit();
   }
@@ -109,45 +110,25 @@ struct MathWarp {
 
   // ---- masks ------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ StripMask<C> take_mask(bool live, bool partial) {
-    StripMask<C> mask{0, live ? C.blocks() : 0, false, {}};
-    if (!partial) return mask;
-    shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
-    const int row = 16 * warp + lane / 4;
-    uint32_t visible = 0, hidden = 0;  // a bit per 64 columns
+  // Sets the scores to their biases, or adds these to them.
+  template <bool kAdd, int kColumns>
+  __device__ __forceinline__ void give_biases(Tile<kColumns>& tile, const StripMask<C>& mask,
+                                              int first_column) {
+    const int column = first_column + 2 * (lane % 4);
+    if constexpr (C.has(kBias)) bias.template give<kAdd>(p, mask.first_key + column, tile.scores);
+    if constexpr (C.has(kKeyBias)) {
+      const float* key_bias = &shared.key_bias[bits.ring.slot][column];
 #pragma unroll
-    for (int g = 0; g < C.word_groups(); ++g) {
-      uint32_t classes = shared.classes[bit_ring.slot][w][g];
-      mask.words[0][g] = shared.bits[bit_ring.slot][w][g][row][lane % 4];
-      mask.words[1][g] = shared.bits[bit_ring.slot][w][g][row + 8][lane % 4];
-      classes |= classes >> 16;
-      classes |= classes >> 8;
-      visible |= (classes & 3) << (2 * g);
-      hidden |= ((classes >> 2) & 3) << (2 * g);
-    }
-    arrive(shared.bits_empty[bit_ring.slot]);
-    bit_ring.next();
-    visible = ptx::uniform(visible);
-    hidden = ptx::uniform(hidden);
-    if (visible == 0 || !live) {
-      mask.blocks = 0;
-    } else if constexpr (C.blocks() == 1) {
-      mask.hidden = hidden != 0;
-    } else {
-      mask.first_block = __ffs(visible) - 1;
-      mask.blocks = 32 - __clz(visible) - mask.first_block;
-      mask.hidden = ((hidden >> mask.first_block) & ((1u << mask.blocks) - 1)) != 0;
-      // The bits of the first block come first: 16 of a word are one block.
+      for (int i = 0; i < kColumns / 2; i += 4) {
+        const float2 pair = *reinterpret_cast<const float2*>(key_bias + 2 * i);
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        constexpr int kLast = C.word_groups() - 1;
-        if (mask.first_block >= 2) mask.words[r][0] = mask.words[r][kLast];
-        if ((mask.first_block & 1) != 0) {
-          mask.words[r][0] = __funnelshift_r(mask.words[r][0], mask.words[r][kLast], 16);
+        for (int j = 0; j < 4; ++j) {
+          const float value = j % 2 == 0 ? pair.x : pair.y;
+          float& score = tile.scores[i + j];
+          score = kAdd || C.has(kBias) ? score + value : value;
         }
       }
     }
-    return mask;
   }
 
   template <int kColumns>
@@ -163,6 +144,21 @@ struct MathWarp {
       const bool visible = (mask.words[(i / 2) % 2][bit / 32] >> (bit % 32)) & 1;
       tile.scores[i] = visible ? tile.scores[i] : kMinusInfinity;
     }
+  }
+
+  // What has become of Q K^T: the scores, as exp2 takes them but for one factor.
+  template <int kColumns>
+  __device__ __forceinline__ void take_scores(Tile<kColumns>& tile, const StripMask<C>& mask,
+                                              int first_column, bool last) {
+    ptx::pin(tile.scores);
+    release_keys(last);
+    if constexpr (C.has(kSoftcap)) cap_scores(p.scores.cap, tile.scores);
+    if constexpr (kBiased && !kBiasFirst) {
+      ptx::pin(tile.scores);
+      give_biases<true>(tile, mask, first_column);
+      bits.release();
+    }
+    apply(tile, mask);
   }
 
   // ---- softmax ----------------------------------------------------------------------------------
@@ -182,6 +178,18 @@ struct MathWarp {
       const int r = (i / 2) % 2;
       tile.scores[i] = ptx::exp2_fast(tile.scores[i] * p.scale_log2 - top[r]);
       rows.sum[r] += tile.scores[i];
+    }
+  }
+
+  // Weights that are dropped count in the sums, but not in the output.
+  template <int kColumns>
+  __device__ __forceinline__ void drop_weights(Tile<kColumns>& tile, const StripMask<C>& mask,
+                                               int begin, int end) {
+#pragma unroll
+    for (int i = 8 * begin; i < 8 * end; ++i) {
+      const int bit = 2 * (i / 4) + i % 2;
+      const bool kept = (mask.kept[(i / 2) % 2][bit / 32] >> (bit % 32)) & 1;
+      tile.scores[i] = kept ? tile.scores[i] : 0.0f;
     }
   }
 
@@ -208,11 +216,9 @@ struct MathWarp {
   __device__ __forceinline__ void plain_tile(const StripMask<C>& mask, bool started, bool last) {
     Tile<kColumns> tile;
     const int first_column = kColumns == C.columns ? 0 : mask.first_block * C.block_columns();
-    issue_scores(tile, first_column);
+    issue_scores(tile, mask, first_column);
     ptx::wgmma_wait<0>();
-    ptx::pin(tile.scores);
-    release_keys(last);
-    apply(tile, mask);
+    take_scores(tile, mask, first_column, last);
     float factor[2];
     if (raise(tile, factor) && started) scale_rows(out, factor);
     ptx::pin(out);
@@ -223,6 +229,7 @@ struct MathWarp {
     for (int begin = 0; begin < kSixteens; begin += kEach) {
       const int end = begin + kEach < kSixteens ? begin + kEach : kSixteens;
       exponentiate(tile, begin, end);
+      if constexpr (C.has(kDropout)) drop_weights(tile, mask, begin, end);
       pack_weights(tile, begin, end);
       issue_output(tile, first_column, started, begin, end);
     }
@@ -232,14 +239,13 @@ struct MathWarp {
   // With overlap: the first tile of a run only makes P.
   __device__ __forceinline__ void first_tile(Tile<C.columns>& tile, const StripMask<C>& mask,
                                              bool started, bool last) {
-    issue_scores(tile, 0);
+    issue_scores(tile, mask, 0);
     ptx::wgmma_wait<0>();
-    ptx::pin(tile.scores);
-    release_keys(last);
-    apply(tile, mask);
+    take_scores(tile, mask, 0, last);
     float factor[2];
     if (raise(tile, factor) && started) scale_rows(out, factor);
     exponentiate(tile, 0, C.columns / 16);
+    if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, C.columns / 16);
     pack_weights(tile, 0, C.columns / 16);
   }
 
@@ -247,17 +253,16 @@ struct MathWarp {
   // softmax.
   __device__ __forceinline__ void next_tile(Tile<C.columns>& tile, const StripMask<C>& mask,
                                             bool started, bool last) {
-    issue_scores(tile, 0);
+    issue_scores(tile, mask, 0);
     shared.v_full[v_ring.slot].wait(v_ring.parity);
     ptx::pin(out);
     issue_output(tile, 0, started, 0, C.columns / 16);
     ptx::wgmma_wait<1>();
-    ptx::pin(tile.scores);
-    release_keys(last);
-    apply(tile, mask);
+    take_scores(tile, mask, 0, last);
     float factor[2];
     const bool moved = raise(tile, factor);
     exponentiate(tile, 0, C.columns / 16);
+    if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, C.columns / 16);
     finish_output(tile);
     pack_weights(tile, 0, C.columns / 16);  // only now: P of the tile before was being read
     if (moved) scale_rows(out, factor);
@@ -274,6 +279,7 @@ struct MathWarp {
   // A tile that shows this strip nothing. Its V must have come before its stage is given back.
   __device__ __forceinline__ void skip_tile(bool last) {
     shared.v_full[v_ring.slot].wait(v_ring.parity);
+    bits.release();
     release_keys(last);
     release_values();
   }
@@ -281,7 +287,11 @@ struct MathWarp {
   // Takes the next tile's mask, once its K is there.
   __device__ __forceinline__ StripMask<C> next_mask(bool live) {
     shared.k_full[k_ring.slot].wait(k_ring.parity);
-    return take_mask(live, __any_sync(0xffffffffu, shared.partial[k_ring.slot] != 0));
+    const uint32_t partial = shared.partial[k_ring.slot];
+    if constexpr (!C.has(kBias)) return bits.take(live, __any_sync(0xffffffffu, partial != 0));
+    StripMask<C> mask = bits.take(live, __any_sync(0xffffffffu, (partial & 1) != 0));
+    mask.first_key = ptx::uniform(partial / 2) * C.columns;
+    return mask;
   }
 
   // Both return whether out holds something.
@@ -339,18 +349,24 @@ struct MathWarp {
 
   __device__ __forceinline__ void store(const Item& item, int first_row) {
     const int q = lane % 4;
+    const float sink = sink_log2<C.half != 0>(p.scores, item.head);
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float sum = rows.sum[r];
       sum += ptx::shuffle_xor(sum, 1);
       sum += ptx::shuffle_xor(sum, 2);
+      // The sink is one more score, without a value.
+      const float top = fmaxf(rows.top[r], sink);
+      const float rescale = ptx::exp2_fast(rows.top[r] - top);
+      sum = sum * rescale + ptx::exp2_fast(sink - top);
       const bool seen = sum > 0.0f;
-      inverse[r] = seen ? 1.0f / sum : 0.0f;
+      inverse[r] = seen ? rescale / sum : 0.0f;
+      if constexpr (C.has(kDropout)) inverse[r] *= p.scores.keep_scale;
       const int row = first_row + 16 * warp + lane / 4 + 8 * r;
       if (q == 0 && row < p.q_len && p.lse != nullptr) {
         constexpr float kLn2 = 0.69314718055994531f;
-        const float lse = seen ? (rows.top[r] + ptx::log2_fast(sum)) * kLn2 : kMinusInfinity;
+        const float lse = seen ? (top + ptx::log2_fast(sum)) * kLn2 : kMinusInfinity;
         p.lse[(static_cast<int64_t>(item.batch) * p.q_heads + item.head) * p.q_len + row] = lse;
       }
     }
@@ -398,6 +414,9 @@ struct MathWarp {
         q_parity ^= 1;
       }
       rows.reset();
+      if constexpr (C.has(kBias)) {
+        if (live) bias.start_item(p, item, first_row + 16 * warp + lane / 4);
+      }
       bool started;
       if constexpr (C.overlap != 0) {
         started = overlapped_item(item, live);

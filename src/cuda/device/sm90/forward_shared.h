@@ -44,7 +44,11 @@ struct ForwardShared {
   alignas(1024) uint8_t v[C.v_stages][C.value_depth / kSlabColumns][C.columns * kSlabRowBytes];
 
   // Mask bits: [group][row][quad lane], so that a warp of math threads reads 32 words in a row.
-  alignas(16) uint32_t bits[C.bit_slots][kWarpgroups][kGroups][64][4];
+  // With dropout, slot s also has the pairs that are kept, as kKept + s.
+  static constexpr int kKept = C.bit_slots;
+  alignas(16) uint32_t bits[C.bit_slots * C.word_sets()][kWarpgroups][kGroups][64][4];
+  // Where there are key biases: those of a slot's tile, in the unit of its scores.
+  alignas(16) float key_bias[C.bit_slots][C.has(kKeyBias) ? C.columns : 1];
   // Class of each strip of 64 rows, one byte per quad lane: bits 0 and 1: something is visible in
   // the group's first or second 64 columns; bits 2 and 3: something is hidden.
   uint32_t classes[C.bit_slots][kWarpgroups][kGroups];
@@ -54,7 +58,7 @@ struct ForwardShared {
   ptx::Barrier v_full[C.v_stages], v_empty[C.v_stages];
   ptx::Barrier bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
-  uint32_t partial[C.k_stages];  // the tile in this stage needs its bits
+  uint32_t partial[C.k_stages];  // bit 0: the tile in this stage needs its bits; above: its index
   Item items[kItemSlots];
   RecipeArrays arrays[kItemSlots];
 
@@ -68,7 +72,8 @@ struct ForwardShared {
       q_empty[w].init(kMathWarps);
     }
     for (int s = 0; s < C.bit_slots; ++s) {
-      bits_full[s].init(4 * kGroups);
+      // What is made for every tile is announced once a warp, else each 32 columns by themselves.
+      bits_full[s].init(C.every_tile() ? kBitWarps : 4 * kGroups);
       bits_empty[s].init(kMathWarps * kWarpgroups);
     }
     for (int s = 0; s < C.k_stages; ++s) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/device/ptx/registers.h"
+#include "cuda/device/sm90/dropout_bits.h"
 #include "cuda/device/sm90/schedule.h"
 #include "rules/evaluate.h"
 
@@ -265,6 +266,18 @@ __device__ __forceinline__ void store_strip(uint32_t upper, uint32_t lower, bool
   if (lane == 0) *strip_class = static_cast<uint8_t>(bits & 15);
 }
 
+// ---- key biases ---------------------------------------------------------------------------------
+
+// What is added to the scores of the key at `position`; `first`: the number of the caller's key 0.
+template <ForwardConfig C>
+__device__ __forceinline__ float key_bias_at(const ForwardParams& p, const void* first,
+                                             const int32_t* order, int position) {
+  if (position >= p.kv_len) return 0.0f;
+  const int64_t key = order != nullptr ? order[position] : position;
+  const Numbers& numbers = p.scores.key_bias;
+  return number_at<C.half != 0>(numbers, first, key * numbers.key_stride) * p.scores.bias_factor;
+}
+
 // ---- the story of a bit-making warp, `index` of kBitWarps ---------------------------------------
 
 template <ForwardConfig C>
@@ -280,39 +293,69 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
     if (item.count < 0) break;
     const RecipeArrays& arrays = shared.arrays[items.slot];
     const int item_row = item.row_tile * C.rows();
+    const int32_t* order = nullptr;
+    const void* key_bias = nullptr;
+    rules::Dropout dropout{};
+    if constexpr (C.every_tile())
+      order = key_order_of(p.program, mask_place(p, item.batch, item.head));
+    if constexpr (C.has(kKeyBias)) {
+      key_bias = numbers_of(p.scores.key_bias, item.batch, item.head, 0);
+    }
+    if constexpr (C.has(kDropout)) dropout = dropout_of(p.scores, item.batch, item.head);
 
     TileWalker walker(p, item);
 #pragma unroll 1
     for (int i = 0; i < item.count; ++i) {
       walker.next();
-      if (!walker.is_partial) continue;
+      if (!C.every_tile() && !walker.is_partial) continue;
+      if constexpr (C.every_tile()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
+      if (walker.is_partial) {
 #pragma unroll 1
-      for (; piece < kPieces; piece += kBitWarps) {
-        const int q = piece & 3, group = piece >> 2;
-        const int in_tile = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
-        const bool has_column = C.columns % 128 == 0 || in_tile < C.columns;
-        const int column = walker.tile * C.columns + in_tile;
-        const bool exists = has_column && column < p.kv_len;
-        uint32_t words[2 * C.warpgroups] = {};
-        if constexpr (C.masks() != MaskPath::kMachine) {
-          int key = column;
-          if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
-          column_words<C.masks()>(p, arrays, key, item_row, exists, lane, words);
-        } else if (exists) {
-          const rules::Place place = mask_place(p, item.batch, item.head);
-          machine_words(p, place, rules::key_at(p.program, place, column), item_row, words);
-        }
-        shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
+        for (; piece < kPieces; piece += kBitWarps) {
+          const int q = piece & 3, group = piece >> 2;
+          const int in_tile = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
+          const bool has_column = C.columns % 128 == 0 || in_tile < C.columns;
+          const int column = walker.tile * C.columns + in_tile;
+          const bool exists = has_column && column < p.kv_len;
+          uint32_t words[2 * C.warpgroups] = {};
+          if constexpr (C.masks() != MaskPath::kMachine) {
+            int key = column;
+            if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
+            column_words<C.masks()>(p, arrays, key, item_row, exists, lane, words);
+          } else if (exists) {
+            const rules::Place place = mask_place(p, item.batch, item.head);
+            machine_words(p, place, rules::key_at(p.program, place, column), item_row, words);
+          }
+          if constexpr (!C.every_tile()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
 #pragma unroll
-        for (int w = 0; w < C.warpgroups; ++w) {
-          store_strip(words[2 * w], words[2 * w + 1], has_column, lane,
-                      &shared.bits[slots.slot][w][group][0][q],
-                      reinterpret_cast<uint8_t*>(&shared.classes[slots.slot][w][group]) + q);
+          for (int w = 0; w < C.warpgroups; ++w) {
+            store_strip(words[2 * w], words[2 * w + 1], has_column, lane,
+                        &shared.bits[slots.slot][w][group][0][q],
+                        reinterpret_cast<uint8_t*>(&shared.classes[slots.slot][w][group]) + q);
+          }
+          if constexpr (!C.every_tile()) {
+            __syncwarp();
+            if (lane == 0) shared.bits_full[slots.slot].arrive();
+          }
         }
+        piece -= kPieces;
+      }
+      const int first = C.every_tile() ? ptx::uniform(walker.tile) * C.columns : 0;
+      if constexpr (C.has(kKeyBias)) {
+#pragma unroll 1
+        for (int in_tile = 32 * index + lane; in_tile < C.columns; in_tile += 32 * kBitWarps) {
+          shared.key_bias[slots.slot][in_tile] =
+              key_bias_at<C>(p, key_bias, order, first + in_tile);
+        }
+      }
+      if constexpr (C.has(kDropout)) {
+        make_kept<C>(p, dropout, order, item_row, first, index, lane,
+                     shared.bits[shared.kKept + slots.slot]);
+      }
+      if constexpr (C.every_tile()) {
         __syncwarp();
         if (lane == 0) shared.bits_full[slots.slot].arrive();
       }
-      piece -= kPieces;
       slots.next();
     }
     __syncwarp();

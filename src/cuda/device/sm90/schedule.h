@@ -24,16 +24,21 @@ __device__ __forceinline__ const void* integers_at(const rules::Array& array, ru
   return rules::array_at<int32_t>(array, place);
 }
 
+// Position in the plan -> the caller's key, for a place; null where keys stay as they come.
+__device__ __forceinline__ const int32_t* key_order_of(const rules::Program& program,
+                                                       rules::Place place) {
+  if (program.key_order == nullptr) return nullptr;
+  const int64_t row = int64_t{place.batch} * (program.heads / program.order_divisor) +
+                      place.head / program.order_divisor;
+  return program.key_order + row * program.kv_len;
+}
+
 __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, const Item& item) {
   const rules::Program& program = p.program;
   const rules::Place place = mask_place(p, item.batch, item.head);
   RecipeArrays arrays{};
   arrays.prefix = 0x7fffffff;
-  if (program.key_order != nullptr) {
-    const int64_t row = int64_t{place.batch} * (program.heads / program.order_divisor) +
-                        place.head / program.order_divisor;
-    arrays.key_order = program.key_order + row * program.kv_len;
-  }
+  arrays.key_order = key_order_of(program, place);
   if (p.recipe.intervals >= 0) {
     arrays.intervals = rules::array_at<int32_t>(program.nodes[p.recipe.intervals].columns, place);
   }

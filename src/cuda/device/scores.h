@@ -1,0 +1,99 @@
+// What happens to scores between Q K^T and exp2 beside scale and mask; the same in both passes.
+#pragma once
+
+#include "cuda/device/ptx/matrix.h"
+#include "cuda/device/ptx/registers.h"
+#include "cuda/device/score_params.h"
+#include "rules/philox.h"
+
+namespace anymask::cuda {
+
+// ---- numbers ------------------------------------------------------------------------------------
+
+// kHalf: 16-bit numbers are fp16, else bf16.
+template <bool kHalf>
+__device__ __forceinline__ float number_at(const Numbers& numbers, const void* first,
+                                           int64_t offset) {
+  if (numbers.wide != 0) return static_cast<const float*>(first)[offset];
+  return ptx::low_of<kHalf>(static_cast<const uint16_t*>(first)[offset]);
+}
+
+// The address of the first key's number of a row; rows only matter where there are any.
+__device__ __forceinline__ const void* numbers_of(const Numbers& numbers, int batch, int head,
+                                                  int row) {
+  const int64_t offset = batch * numbers.batch_stride +
+                         head / numbers.divisor * numbers.head_stride + row * numbers.row_stride;
+  return static_cast<const char*>(numbers.data) + offset * (numbers.wide != 0 ? 4 : 2);
+}
+
+// A query head's sink times log2(e); -infinity where there is none.
+template <bool kHalf>
+__device__ __forceinline__ float sink_log2(const ScoreParams& scores, int head) {
+  if (scores.sink.data == nullptr) return __uint_as_float(0xff800000u);
+  constexpr float kLog2E = 1.4426950408889634f;
+  return number_at<kHalf>(scores.sink, scores.sink.data, head * scores.sink.head_stride) * kLog2E;
+}
+
+// ---- softcap ------------------------------------------------------------------------------------
+
+// tanh of a warp's scores in place, see CapCurve. The curve for small scores is taken where it
+// serves all lanes and kPiece scores of each: no lane waits for another.
+template <int kCount>
+__device__ __forceinline__ void cap_scores(const CapCurve& cap, float (&scores)[kCount]) {
+  constexpr int kPiece = kCount % 32 == 0 ? 32 : kCount;
+#pragma unroll
+  for (int begin = 0; begin < kCount; begin += kPiece) {
+    float largest[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) {
+      largest[i % 2] = fmaxf(largest[i % 2], fabsf(scores[begin + i]));
+    }
+    if (__any_sync(0xffffffffu, fmaxf(largest[0], largest[1]) > cap.limit)) {
+#pragma unroll
+      for (int i = begin; i < begin + kPiece; ++i) {
+        const float e = ptx::exp2_fast(scores[i] * cap.exponent);
+        scores[i] = __fmaf_rn(-2.0f, ptx::reciprocal_fast(1.0f + e), 1.0f);
+      }
+    } else {
+#pragma unroll
+      for (int i = begin; i < begin + kPiece; ++i) {
+        const float square = scores[i] * scores[i];
+        float slope = cap.terms[4];
+#pragma unroll
+        for (int t = 3; t >= 0; --t) slope = __fmaf_rn(slope, square, cap.terms[t]);
+        scores[i] *= slope;
+      }
+    }
+  }
+}
+
+// ---- dropout ------------------------------------------------------------------------------------
+
+// Two words at a time: the chain of one Philox leaves its warp waiting half of the time.
+struct WordPair {
+  uint32_t a, b;
+  __device__ __forceinline__ WordPair operator^(WordPair x) const { return {a ^ x.a, b ^ x.b}; }
+  __device__ __forceinline__ WordPair operator^(uint32_t x) const { return {a ^ x, b ^ x}; }
+  __device__ __forceinline__ WordPair operator&(WordPair x) const { return {a & x.a, b & x.b}; }
+  __device__ __forceinline__ WordPair operator&(uint32_t x) const { return {a & x, b & x}; }
+  __device__ __forceinline__ WordPair operator|(WordPair x) const { return {a | x.a, b | x.b}; }
+  __device__ __forceinline__ WordPair operator|(uint32_t x) const { return {a | x, b | x}; }
+  __device__ __forceinline__ WordPair operator+(WordPair x) const { return {a + x.a, b + x.b}; }
+  __device__ __forceinline__ WordPair operator+(uint32_t x) const { return {a + x, b + x}; }
+  __device__ __forceinline__ WordPair operator~() const { return {~a, ~b}; }
+};
+struct PairedWords {
+  using Word = WordPair;
+  static __device__ __forceinline__ void multiply(uint32_t factor, Word x, Word& high, Word& low) {
+    rules::ScalarWords::multiply(factor, x.a, high.a, low.a);
+    rules::ScalarWords::multiply(factor, x.b, high.b, low.b);
+  }
+};
+
+__device__ __forceinline__ rules::Dropout dropout_of(const ScoreParams& scores, int batch,
+                                                     int head) {
+  return rules::dropout_of(scores.seed_offset[0], scores.seed_offset[1], batch, head,
+                           scores.drop_threshold);
+}
+
+}  // namespace anymask::cuda

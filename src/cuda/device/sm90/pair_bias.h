@@ -1,0 +1,88 @@
+// Biases of pairs of a query and a key, read by the math threads of the forward kernel.
+#pragma once
+
+#include "cuda/device/scores.h"
+#include "cuda/device/sm90/schedule.h"
+
+namespace anymask::cuda {
+
+// What a thread reads for its two rows of an item.
+template <bool kHalf>
+struct PairBias {
+  const void* rows[2];   // where the number of key 0 is
+  const int32_t* order;  // the keys at positions, or null
+
+  // first_row: of the thread's two, 8 apart.
+  __device__ __forceinline__ void start_item(const ForwardParams& p, const Item& item,
+                                             int first_row) {
+    order = key_order_of(p.program, mask_place(p, item.batch, item.head));
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = rules::min_of(first_row + 8 * r, p.q_len - 1);
+      rows[r] = numbers_of(p.scores.bias, item.batch, item.head, row);
+    }
+  }
+
+  // The numbers of accumulators: i is of row i / 2 % 2 and position 8 (i / 4) + i % 2 from
+  // `position` on; 0 beyond the last key.
+  template <int kCount>
+  __device__ __forceinline__ void read(const ForwardParams& p, int position,
+                                       float (&to)[kCount]) const {
+    const int left = p.kv_len - position;
+    if (p.scores.bias_pairs == 0) {
+      const Numbers& bias = p.scores.bias;
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const int at = 8 * (i / 4) + i % 2;
+        to[i] = 0.0f;
+        if (at >= left) continue;
+        const int64_t key = order != nullptr ? order[position + at] : position + at;
+        to[i] = number_at<kHalf>(bias, rows[i / 2 % 2], key * bias.key_stride);
+      }
+    } else if (p.scores.bias.wide != 0) {
+      read_pairs<float2>(left, position, to, [](const float2& pair, float* both) {
+        both[0] = pair.x;
+        both[1] = pair.y;
+      });
+    } else {
+      read_pairs<uint32_t>(left, position, to, [](uint32_t pair, float* both) {
+        both[0] = ptx::low_of<kHalf>(pair);
+        both[1] = ptx::high_of<kHalf>(pair);
+      });
+    }
+  }
+
+  template <typename Pair, int kCount, typename Unpack>
+  __device__ __forceinline__ void read_pairs(int left, int position, float (&to)[kCount],
+                                             const Unpack& unpack) const {
+    const Pair* const first[2] = {static_cast<const Pair*>(rows[0]) + (position >> 1),
+                                  static_cast<const Pair*>(rows[1]) + (position >> 1)};
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2) {
+      const int at = 8 * (i / 4);
+      Pair pair{};
+      if (at < left) pair = first[i / 2 % 2][at / 2];
+      unpack(pair, &to[i]);
+    }
+  }
+
+  // Sets the scores to the biases, all read at once; or (kAdd) adds them, a few at a time: beside
+  // the scores there is no room for more.
+  template <bool kAdd, int kCount>
+  __device__ __forceinline__ void give(const ForwardParams& p, int position,
+                                       float (&scores)[kCount]) const {
+    constexpr int kAtOnce = !kAdd ? kCount : kCount % 16 == 0 ? 16 : 8;
+#pragma unroll
+    for (int begin = 0; begin < kCount; begin += kAtOnce) {
+      float values[kAtOnce];
+      read(p, position + 2 * begin, values);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const float bias = values[i] * p.scores.bias_factor;
+        scores[begin + i] = kAdd ? scores[begin + i] + bias : bias;
+      }
+    }
+  }
+};
+
+}  // namespace anymask::cuda
