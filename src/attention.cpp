@@ -51,13 +51,15 @@ struct Lowered {
 class CallPlan {
  public:
   CallPlan(const Mask& mask, const Problem& problem, const void* buffer, int64_t bytes) {
-    if (buffer == nullptr) {
-      if (on_cuda(problem)) throw InvalidValue("plan is missing: a CUDA call needs one");
+    const Lowered lowered(mask, problem);
+    if (buffer == nullptr && on_cuda(problem) && lowered.bytes() > 0) {
+      throw InvalidValue("plan is missing: a CUDA call needs one");
+    }
+    if (buffer == nullptr && !on_cuda(problem)) {
       own_.emplace(mask, problem);
       buffer = own_->buffer();
       bytes = own_->bytes();
     }
-    const Lowered lowered(mask, problem);
     if (bytes != lowered.bytes()) {
       throw InvalidValue("plan has " + std::to_string(bytes) + " bytes; this mask and call need " +
                          std::to_string(lowered.bytes()) +

@@ -133,8 +133,8 @@ Problem check_inputs(const Tensor& q, const Tensor& k, const Tensor& v) {
   four("k", k);
   four("v", v);
   const bool on_cpu = q.device.type == DeviceType::cpu;
-  if (q.dtype != DType::f32 && q.dtype != DType::f16 && q.dtype != DType::bf16 &&
-      !(q.dtype == DType::f64 && on_cpu)) {
+  if (q.dtype != DType::f16 && q.dtype != DType::bf16 &&
+      !((q.dtype == DType::f32 || q.dtype == DType::f64) && on_cpu)) {
     fail_dtype("q", q.dtype,
                on_cpu ? "float32, float16, bfloat16 or float64"
                       : "float16 or bfloat16 (float64 and float32: CPU only)");

@@ -202,8 +202,8 @@ TEST_P(CpuScores, DropoutScalesWhatItKeeps) {
   const rules::Dropout dropout = rules::dropout_of(5, 6, 0, 0, rules::dropout_threshold(0.25));
   int dropped = 0;
   for (int64_t row = 0; row < s.q_len; ++row) {
-    const uint32_t word =
-        rules::dropped_keys<rules::ScalarWords>(dropout, static_cast<uint32_t>(row), key / 32);
+    const uint32_t word = rules::dropped_keys<rules::ScalarWords>(
+        dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(key / 32));
     const bool lost = (word >> (key % 32) & 1u) != 0;
     const float expected = lost ? 0 : one.out[static_cast<size_t>(row * s.dim)] / 0.75f;
     EXPECT_NEAR(two.out[static_cast<size_t>(row * s.dim)], expected, 1e-6) << "row " << row;

@@ -245,4 +245,4 @@ def test_graph_of_a_mask_made_in_the_call():
         assert torch.equal(results[0], alone)
     plain = ids.cpu().numpy()[None]
     every = reference.documents(plain, plain) & reference.causal(LENGTH, LENGTH)
-    assert every.mean() > 0.3  # the last mask is not the first one
+    assert every.mean() > 0.2  # the last mask is not the first one
