@@ -218,12 +218,6 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   return params;
 }
 
-// Sums in a fixed order do without the kernels' clearing and converting, which is worth more than
-// waiting costs where a pass is short (S = 1024, documents: 194 against 162 TFLOP/s).
-bool is_chained(const Problem& problem, bool deterministic) {
-  return deterministic || problem.q_len <= 2048;
-}
-
 }  // namespace
 
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
@@ -234,7 +228,7 @@ plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
 int64_t backward_workspace(const Problem& problem, bool deterministic) {
   const int64_t tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
   return Workspace(tiles, variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
-                                  is_chained(problem, deterministic)))
+                                  deterministic))
       .bytes;
 }
 
@@ -256,7 +250,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const MaskPath masks = recipe.usable == 0 ? MaskPath::kMachine
                          : recipe.bits >= 0 ? MaskPath::kRecipe
                                             : MaskPath::kRuns;
-  const bool chained = is_chained(problem, call.deterministic);
+  const bool chained = call.deterministic;
   const BackwardConfig config = variant(problem.head_dim, problem.v_head_dim, half, masks, chained);
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
