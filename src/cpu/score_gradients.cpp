@@ -88,7 +88,7 @@ void ScoreGradients::begin() {
   if (columns_ != nullptr) {
     std::memset(columns_.get(), 0, static_cast<size_t>(batch_ * q_heads_ * kv_len_) * sum_size);
   }
-  if (!pairs_.given()) return;
+  if (!pairs_.given() || elements(pairs_) == 0) return;
   const Tensor& t = pairs_;
   const auto bytes = static_cast<size_t>(t.shape[3] * size_of(t.dtype));
   parallel_for(t.shape[0] * t.shape[1] * t.shape[2], [&](int64_t task, int) {

@@ -126,9 +126,10 @@ struct Capping {
   }
   ANYMASK_INLINE Vec of(Vec score, Vec* slope) const {
     const Vec x = score * factor;
+    *slope = splat<Vec>(T{1});
     if (!capped) return x;
     const Vec t = tanh_of(x);
-    *slope = splat<Vec>(T{1}) - t * t;
+    *slope -= t * t;
     return t * cap;
   }
 };

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import reference
 import torch
@@ -12,6 +14,16 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+
+
+@contextlib.contextmanager
+def poisoned():
+    """Inside, torch fills new memory with NaN: what a call forgets to write shows."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def naive(q, k, v, allowed, scale=None):

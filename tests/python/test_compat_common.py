@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import doctest
 import importlib
 import inspect
@@ -15,7 +14,7 @@ import pytest
 import reference
 import torch
 from anymask import compat
-from checks import DTYPES, assert_close, naive, per_head
+from checks import DTYPES, assert_close, naive, per_head, poisoned
 
 DOCUMENTS = sorted((Path(__file__).parents[2] / "docs" / "moving").glob("*.md"))
 # Those that need nothing but q, k and v.
@@ -32,16 +31,6 @@ def draw_qkv(rng, batch, lengths, heads, dim, dtype="float32"):
     """q [batch, lengths[0], heads[0], dim], k and v of the second length and heads."""
     q = draw(rng, (batch, lengths[0], heads[0], dim), dtype)
     return q, *(draw(rng, (batch, lengths[1], heads[1], dim), dtype) for _ in range(2))
-
-
-@contextlib.contextmanager
-def poisoned():
-    """Inside, torch fills new memory with NaN: what a call forgets to write shows."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def check(call, q, k, v, allowed, *, layout="bshd", scale=None, **options):

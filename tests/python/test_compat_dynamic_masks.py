@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from anymask.compat import dynamic_masks
-from checks import DTYPES, assert_close
+from checks import DTYPES, assert_close, poisoned
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compat_common import poisoned
 
 NAMES = ("query", "key", "value", "dt_proj", "A")
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import reference
 import torch
-from checks import assert_close, naive, per_head
+from checks import assert_close, naive, per_head, poisoned
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compat_common import check, draw_qkv, poisoned
+from test_compat_common import check, draw_qkv
 
 FORMS = [(True, 1), (True, 2), (False, 2), (False, 4)]
 LENGTHS = [(261, 261), (130, 301), (301, 130)]
