@@ -37,8 +37,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       full.arrive_expect(Shared::kKBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kSlabs; ++slab) {
-        ptx::load_box(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
-                      item.key_tile * C.columns(), item.kv_head, item.batch);
+        ptx::load_box_once(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
+                           item.key_tile * C.columns(), item.kv_head, item.batch);
       }
     }
     k_ring.next();
@@ -50,8 +50,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       shared.v_full.arrive_expect(Shared::kVBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
-        ptx::load_box(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns,
-                      item.key_tile * C.columns(), item.kv_head, item.batch);
+        ptx::load_box_once(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns,
+                           item.key_tile * C.columns(), item.kv_head, item.batch);
       }
     }
   };
