@@ -1,0 +1,55 @@
+// The pairs that dropout keeps, as words of 32 query rows of a key: made by the warps that make
+// mask bits, for every tile.
+//
+// Dropout's pattern comes as 32 keys of a row. So a lane takes a row, and 32 rows of 32 keys are
+// then transposed across the warp.
+#pragma once
+
+#include "cuda/device/scores.h"
+#include "cuda/device/sm90/backward_schedule.h"
+
+namespace anymask::cuda {
+
+// Bit j of lane i becomes bit i of lane j: ever smaller blocks off the diagonal change places.
+__device__ __forceinline__ uint32_t transpose_bits(uint32_t word, int lane) {
+  uint32_t low = 0x0000ffffu;  // of a pair of blocks, the bits of the lower one
+#pragma unroll
+  for (int size = 16; size > 0; size /= 2) {
+    const uint32_t other = ptx::shuffle_xor(word, size);
+    word = (lane & size) != 0 ? (word & ~low) | ((other >> size) & low)
+                              : (word & low) | ((other << size) & ~low);
+    low ^= low << (size / 2);
+  }
+  return word;
+}
+
+struct KeptPairs {
+  rules::Dropout dropout;
+  const int32_t* order;  // the caller's keys at positions, or null
+  int pair = -1;         // whose these are
+
+  // The words of the keys at positions first .. first + 31, a lane's own to `to`: rows
+  // first_row .. first_row + 31 and the 32 after them. The whole warp, converged.
+  __device__ __forceinline__ void make(const BackwardParams& p, const KeptRequest& request,
+                                       int first_row, int first, int lane, uint32_t (&to)[2]) {
+    const int wanted = request.batch * p.q_heads + request.head;
+    if (wanted != pair) {
+      pair = wanted;
+      dropout = dropout_of(p.scores, request.batch, request.head);
+      order = key_order(p, {0, request.batch, request.head / p.group_heads, 0});
+    }
+    const uint32_t row = first_row + lane;
+    WordPair dropped;
+    if (order != nullptr) {
+      dropped.a = dropped_in_order(dropout, row, order, first, p.kv_len);
+      dropped.b = dropped_in_order(dropout, row + 32, order, first, p.kv_len);
+    } else {
+      dropped = rules::dropped_keys<PairedWords>(dropout, WordPair{row, row + 32},
+                                                 static_cast<uint32_t>(first / 32));
+    }
+    to[0] = ~transpose_bits(dropped.a, lane);
+    to[1] = ~transpose_bits(dropped.b, lane);
+  }
+};
+
+}  // namespace anymask::cuda
