@@ -128,7 +128,6 @@ void ScoreGradients::set(BackwardParams& params, float* pair_sums, double scale,
   if (!row_numbers_) params.row_numbers = nullptr;
   if (!pairs_wanted()) return;
   const Tensor& dbias = call_.dbias;
-  const bool shared = heads_share_ || batches_share_;
   Tensor to = dbias;
   if (pairs_ > 0) {
     to = Tensor(pair_sums, DType::f32,
@@ -139,9 +138,7 @@ void ScoreGradients::set(BackwardParams& params, float* pair_sums, double scale,
   gradient.batch_stride = to.shape[0] > 1 ? to.stride[0] : 0;
   gradient.head_stride = to.shape[1] > 1 ? to.stride[1] : 0;
   gradient.row_stride = to.stride[2];
-  gradient.form = shared                   ? BiasGradient::kSum
-                  : to.dtype == DType::f32 ? BiasGradient::kSingle
-                                           : BiasGradient::kHalf;
+  gradient.wide = to.dtype == DType::f32 ? 1 : 0;
 }
 
 void ScoreGradients::write_zeros(int ordinal, CuStream stream) const {

@@ -59,7 +59,7 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
                                               int index, int lane) {
   using Shared = BackwardShared<C>;
   Ring<C.bit_slots> slots;
-  KeptPairs kept_pairs;
+  KeptPairs<(C.load_registers >= 40)> kept_pairs;
   for (;; slots.next()) {
     shared.request_full[slots.slot].wait(slots.parity);
     const BitRequest& request = shared.requests[slots.slot];

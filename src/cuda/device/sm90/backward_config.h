@@ -41,7 +41,7 @@ struct BackwardConfig {
   // 64 columns of dK and dV a thread has registers for it; up to 128 the place where dK and dV
   // leave serves for one of them.
   constexpr bool puts_aside_in_registers() const {
-    return reads_rows() && wide == 0 && depth + value_depth <= 128;
+    return has(kSoftcap) != has(kDropout) && wide == 0 && depth + value_depth <= 128;
   }
   // Math threads that make dS.
   constexpr int slope_threads() const { return wide != 0 ? 128 : 128 * kBackwardWarpgroups; }
@@ -88,15 +88,14 @@ struct BackwardConfig {
 // Of prepare: it leaves the rows' numbers in float32 too.
 inline constexpr int32_t kRowNumbers = 1;
 
-// The gradient of a bias of pairs: of q's type or float32, the last dimension contiguous. Strides
-// in elements, 0 where one entry serves all.
+// The gradient of a bias of pairs: of q's type, or float32, which is added to. The last dimension
+// is contiguous; strides in elements, 0 where one entry serves all.
 struct BiasGradient {
-  enum Form : int32_t { kHalf, kSingle, kSum };  // 16-bit, float32; kSum: float32, added to
-  void* data;                                    // null: not wanted
+  void* data;  // null: not wanted
   int64_t batch_stride;
   int64_t head_stride;
   int64_t row_stride;
-  int32_t form;
+  int32_t wide;  // 1: float32
 };
 
 // Everything that the three kernels of a backward pass read. Strides are in elements, and the last

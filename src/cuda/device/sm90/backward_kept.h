@@ -23,6 +23,8 @@ __device__ __forceinline__ uint32_t transpose_bits(uint32_t word, int lane) {
   return word;
 }
 
+// kPaired: two words at a time, half of the waiting and twice the registers.
+template <bool kPaired>
 struct KeptPairs {
   rules::Dropout dropout;
   const int32_t* order;  // the caller's keys at positions, or null
@@ -43,9 +45,12 @@ struct KeptPairs {
     if (order != nullptr) {
       dropped.a = dropped_in_order(dropout, row, order, first, p.kv_len);
       dropped.b = dropped_in_order(dropout, row + 32, order, first, p.kv_len);
-    } else {
+    } else if constexpr (kPaired) {
       dropped = rules::dropped_keys<PairedWords>(dropout, WordPair{row, row + 32},
                                                  static_cast<uint32_t>(first / 32));
+    } else {
+      dropped.a = rules::dropped_keys<rules::ScalarWords>(dropout, row, first / 32);
+      dropped.b = rules::dropped_keys<rules::ScalarWords>(dropout, row + 32, first / 32);
     }
     to[0] = ~transpose_bits(dropped.a, lane);
     to[1] = ~transpose_bits(dropped.b, lane);

@@ -31,8 +31,11 @@ struct ThreadKeys {
   }
 };
 
-// Of a step: 64 queries of a head. Block k of a thread's pairs, 0 to 7: queries 8k + 2q and 8k + 2q
-// + 1, q = lane % 4, for its first key and then for its second.
+// A step's pairs. Block k of a thread's pairs, 0 to 7: queries 8k + 2q and 8k + 2q + 1, q = lane %
+// 4, with its first key and then with its second.
+//
+// Each pair's address is worked out by itself, and each block of pairs has branches of its own:
+// what the compiler shares or moves between blocks takes registers that are not there.
 template <BackwardConfig C>
 struct PairTile {
   static constexpr bool kHalf = C.half != 0;
@@ -51,11 +54,10 @@ struct PairTile {
     const BiasGradient& to = p.bias_grad;
     const int64_t offset = batch * to.batch_stride + head * to.head_stride;
     gradients = to.data == nullptr ? nullptr
-                                   : static_cast<char*>(to.data) +
-                                         offset * (to.form == BiasGradient::kHalf ? 2 : 4);
+                                   : static_cast<char*>(to.data) + offset * (to.wide != 0 ? 4 : 2);
   }
 
-  // Adds the biases of block k, as exp2 takes them.
+  // Adds the biases of block k, as exp2 takes them. Pairs of keys that do not exist get -infinity.
   __device__ __forceinline__ void add_biases(const BackwardParams& p, int k, float (&to)[4]) const {
     constexpr float kLog2E = 1.4426950408889634f;
     const Numbers& numbers = p.scores.bias;
@@ -72,23 +74,20 @@ struct PairTile {
   }
 
   // Where a bias is shared, launches see to it that no two blocks have the same one, and a thread
-  // comes to it once for each head of its group: so these sums have one order.
+  // comes to it once for each head of its group: so float32 sums have one order.
   __device__ __forceinline__ void give_gradients(const BackwardParams& p, int k,
                                                  const float* values) const {
     if (gradients == nullptr) return;
-    const int form = p.bias_grad.form;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = first_row + 8 * k + i % 2;
       if (row >= p.q_len || !keys.exists(p, i / 2)) continue;
       const int64_t offset = row * p.bias_grad.row_stride + keys.at(i / 2);
-      if (form == BiasGradient::kHalf) {
+      if (p.bias_grad.wide == 0) {
         reinterpret_cast<uint16_t*>(gradients)[offset] = static_cast<uint16_t>(
             kHalf ? ptx::pack_f16(values[i], 0.0f) : ptx::pack_bf16(values[i], 0.0f));
-      } else if (form == BiasGradient::kSum) {
-        ptx::add_one(reinterpret_cast<float*>(gradients) + offset, values[i]);
       } else {
-        reinterpret_cast<float*>(gradients)[offset] = values[i];
+        ptx::add_one(reinterpret_cast<float*>(gradients) + offset, values[i]);
       }
     }
   }

@@ -132,7 +132,9 @@ struct ScoreOptionsOfThread {
       for (int i = 0; i < 4; ++i) {
         added[i] = C.has(kKeyBias) ? shared.key_bias[key + 8 * (i / 2)] : 0.0f;
       }
-      if constexpr (C.has(kBias)) pairs.add_biases(p, k, added);
+      if constexpr (C.has(kBias)) {
+        pairs.add_biases(p, k, added);
+      }
       if constexpr (C.has(kSoftcap)) {
         const float2 both = lse[4 * k];
 #pragma unroll
