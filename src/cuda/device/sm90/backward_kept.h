@@ -7,21 +7,9 @@
 
 #include "cuda/device/scores.h"
 #include "cuda/device/sm90/backward_schedule.h"
+#include "cuda/device/transpose_bits.h"
 
 namespace anymask::cuda {
-
-// Bit j of lane i becomes bit i of lane j: ever smaller blocks off the diagonal change places.
-__device__ __forceinline__ uint32_t transpose_bits(uint32_t word, int lane) {
-  uint32_t low = 0x0000ffffu;  // of a pair of blocks, the bits of the lower one
-#pragma unroll
-  for (int size = 16; size > 0; size /= 2) {
-    const uint32_t other = ptx::shuffle_xor(word, size);
-    word = (lane & size) != 0 ? (word & ~low) | ((other >> size) & low)
-                              : (word & low) | ((other << size) & ~low);
-    low ^= low << (size / 2);
-  }
-  return word;
-}
 
 // kPaired: two words at a time, half of the waiting and twice the registers.
 template <bool kPaired>
