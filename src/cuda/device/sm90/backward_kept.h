@@ -28,20 +28,24 @@ struct KeptPairs {
       dropout = dropout_of(p.scores, request.batch, request.head);
       order = key_order(p, {0, request.batch, request.head / p.group_heads, 0});
     }
-    const uint32_t row = first_row + lane;
-    WordPair dropped;
-    if (order != nullptr) {
-      dropped.a = dropped_in_order(dropout, row, order, first, p.kv_len);
-      dropped.b = dropped_in_order(dropout, row + 32, order, first, p.kv_len);
-    } else if constexpr (kPaired) {
-      dropped = rules::dropped_keys<PairedWords>(dropout, WordPair{row, row + 32},
-                                                 static_cast<uint32_t>(first / 32));
-    } else {
-      dropped.a = rules::dropped_keys<rules::ScalarWords>(dropout, row, first / 32);
-      dropped.b = rules::dropped_keys<rules::ScalarWords>(dropout, row + 32, first / 32);
+    const uint32_t row = first_row + lane, block = first / 32;
+    if constexpr (kPaired) {
+      if (order == nullptr) {
+        const WordPair dropped =
+            rules::dropped_keys<PairedWords>(dropout, WordPair{row, row + 32}, block);
+        to[0] = ~transpose_bits(dropped.a, lane);
+        to[1] = ~transpose_bits(dropped.b, lane);
+        return;
+      }
     }
-    to[0] = ~transpose_bits(dropped.a, lane);
-    to[1] = ~transpose_bits(dropped.b, lane);
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t half_row = row + 32 * half;
+      const uint32_t dropped =
+          order != nullptr ? dropped_in_order(dropout, half_row, order, first, p.kv_len)
+                           : rules::dropped_keys<rules::ScalarWords>(dropout, half_row, block);
+      to[half] = ~transpose_bits(dropped, lane);
+    }
   }
 };
 
