@@ -41,9 +41,9 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   c.half = half;
   c.chained = chained;
   c.features = features;
-  // With dropout those who make mask bits have something for every tile; runs would have to be
-  // handed over beside it.
-  if (c.has(kDropout) && masks == MaskPath::kRuns) masks = MaskPath::kRecipe;
+  // With dropout those who make mask bits have something for every tile, and runs would have to be
+  // handed over beside it; with biases of pairs math threads have no registers for runs.
+  if (c.has(kDropout | kBias) && masks == MaskPath::kRuns) masks = MaskPath::kRecipe;
   c.mask_path = static_cast<int32_t>(masks);
   c.bit_slots = masks == MaskPath::kRuns ? 2 : 4;
   c.slope_slots = 1;
@@ -53,8 +53,8 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.depth = c.value_depth = 256;
     c.k_stages = 1;
     c.q_stages = 2;
-    c.math_registers = chained ? 232 : 224;
-    c.load_registers = chained ? 40 : 56;
+    c.math_registers = chained || features != 0 ? 232 : 224;
+    c.load_registers = chained || features != 0 ? 40 : 56;
     while (c.shared_bytes() > kSharedBytes && c.bit_slots > 2) --c.bit_slots;
     while (c.shared_bytes() > kSharedBytes && c.o_stages > 1) --c.o_stages;
     return c;
@@ -331,9 +331,10 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
 
 std::vector<KernelConfig> backward_kernels() {
   constexpr int kShipped[][2] = {{64, 64}, {128, 128}, {256, 256}};
-  // Others are compiled when they are first needed. The last has everything: what fits there fits.
-  constexpr int32_t kShippedFeatures[] = {kSoftcap, kKeyBias, kBias, kDropout,
-                                          kSoftcap | kKeyBias | kBias | kDropout};
+  // Each option by itself and the two sets that have most of them together; others are compiled
+  // when they are first needed.
+  constexpr int32_t kShippedFeatures[] = {
+      kSoftcap, kKeyBias, kBias, kDropout, kSoftcap | kDropout, kSoftcap | kKeyBias | kBias};
   std::vector<KernelConfig> all;
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
@@ -346,6 +347,7 @@ std::vector<KernelConfig> backward_kernels() {
         all.push_back(kernel_config(kPrepare, c, true));
         if (!chained) all.push_back(kernel_config(kFinish, c));
         for (const int32_t features : kShippedFeatures) {
+          if (chained && (features & kDropout) != 0) continue;
           all.push_back(kernel_config(
               kMain, variant(depth, value_depth, half, MaskPath::kRuns, chained, features)));
         }

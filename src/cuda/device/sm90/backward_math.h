@@ -285,10 +285,12 @@ struct BackwardMath {
       if (lane == 0) ptx::bulk_wait_read<0>();
       __syncwarp();
       const int at = kMathWarps * w + warp;
-      uint4* const one = reinterpret_cast<uint4*>(shared.grads[at]) + lane;
-      uint4* const other = reinterpret_cast<uint4*>(shared.aside[0][at]) + lane;
-      options.slopes.memory = one;
-      options.weights.memory = C.has(kSoftcap) ? other : one;
+      options.slopes.lie_at(shared.grads[at], lane);
+      if constexpr (C.aside_places() == 0) {
+        options.weights.lie_at(shared.grads[at], lane);
+      } else {
+        options.weights.lie_at(shared.aside[0][at], lane);
+      }
     }
   }
 

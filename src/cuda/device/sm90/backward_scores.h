@@ -15,32 +15,40 @@ namespace anymask::cuda {
 
 // What is put aside for a thread's piece, packed: in registers, or at a place of its own in shared
 // memory, where a warp's lanes lie side by side.
+//
+// kAtOnce words of it come and go at once; what else is in registers then decides how many there
+// may be.
 template <BackwardConfig C>
 struct PutAside {
   static constexpr bool kInRegisters = C.puts_aside_in_registers();
   static constexpr int kWords = kPieceValues / 2;
+  static constexpr int kAtOnce = C.has(kBias) && C.has(kDropout) ? 2 : 4;
+  struct alignas(4 * kAtOnce) Words {
+    uint32_t word[kAtOnce];
+  };
   uint32_t words[kInRegisters ? kWords : 1];
-  uint4* memory;
+  Words* memory;
 
-  // Four of the words, those of values 8 `index` and on.
-  __device__ __forceinline__ void put(int index, const uint32_t (&four)[4]) {
+  // This lane's in a place of 2 KiB, 128-byte aligned, that its warp has.
+  __device__ __forceinline__ void lie_at(void* place, int lane) {
+    memory = static_cast<Words*>(place) + lane;
+  }
+
+  // Words kAtOnce * `index` and on, of the values from twice that on.
+  __device__ __forceinline__ void put(int index, const Words& some) {
     if constexpr (kInRegisters) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) words[4 * index + i] = four[i];
+      for (int i = 0; i < kAtOnce; ++i) words[kAtOnce * index + i] = some.word[i];
     } else {
-      memory[32 * index] = {four[0], four[1], four[2], four[3]};
+      memory[32 * index] = some;
     }
   }
-  __device__ __forceinline__ void get(int index, uint32_t (&four)[4]) const {
+  __device__ __forceinline__ void get(int index, Words& some) const {
     if constexpr (kInRegisters) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) four[i] = words[4 * index + i];
+      for (int i = 0; i < kAtOnce; ++i) some.word[i] = words[kAtOnce * index + i];
     } else {
-      const uint4 all = memory[32 * index];
-      four[0] = all.x;
-      four[1] = all.y;
-      four[2] = all.z;
-      four[3] = all.w;
+      some = memory[32 * index];
     }
   }
 };
@@ -49,6 +57,9 @@ template <BackwardConfig C>
 struct ScoreOptionsOfThread {
   using Shared = BackwardShared<C>;
   static constexpr bool kHalf = C.half != 0;
+  using Words = typename PutAside<C>::Words;
+  static constexpr int kWordsAtOnce = PutAside<C>::kAtOnce;
+  static constexpr int kAtOnce = 2 * kWordsAtOnce;  // values
 
   const BackwardParams& p;
   Shared& shared;
@@ -112,14 +123,15 @@ struct ScoreOptionsOfThread {
     if constexpr (C.has(kSoftcap)) {
       cap_scores(p.scores.cap, values);
 #pragma unroll
-      for (int index = 0; index < 4; ++index) {
-        uint32_t four[4];
+      for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
+        Words some;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float a = values[8 * index + 2 * i], b = values[8 * index + 2 * i + 1];
-          four[i] = pack_pair<kHalf>(__fmaf_rn(-a, a, 1.0f), __fmaf_rn(-b, b, 1.0f));
+        for (int i = 0; i < kWordsAtOnce; ++i) {
+          const int at = kAtOnce * index + 2 * i;
+          some.word[i] = pack_pair<kHalf>(__fmaf_rn(-values[at], values[at], 1.0f),
+                                          __fmaf_rn(-values[at + 1], values[at + 1], 1.0f));
         }
-        slopes.put(index, four);
+        slopes.put(index, some);
       }
     }
     const float2* const lse = row_numbers(stage, kLseOfRow);
@@ -154,13 +166,14 @@ struct ScoreOptionsOfThread {
       uint32_t kept[2][2];
       read_words(shared.kept[slot], key, lane % 4, kept);
 #pragma unroll
-      for (int index = 0; index < 4; ++index) {
-        uint32_t four[4];
+      for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
+        Words some;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          four[i] = pack_pair<kHalf>(values[8 * index + 2 * i], values[8 * index + 2 * i + 1]);
+        for (int i = 0; i < kWordsAtOnce; ++i) {
+          const int at = kAtOnce * index + 2 * i;
+          some.word[i] = pack_pair<kHalf>(values[at], values[at + 1]);
         }
-        weights.put(index, four);
+        weights.put(index, some);
       }
       hide(values, kept);
     }
@@ -180,16 +193,16 @@ struct ScoreOptionsOfThread {
     PairTile<C> pairs;
     if constexpr (C.has(kBias)) pairs.find(p, shared, stage, key, lane);
 #pragma unroll
-    for (int index = 0; index < 4; ++index) {
-      uint32_t weight[4], slope[4];
+    for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
+      Words weight, slope;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) weight[i] = packed[4 * index + i];
+      for (int i = 0; i < kWordsAtOnce; ++i) weight.word[i] = packed[kWordsAtOnce * index + i];
       if constexpr (C.has(kDropout)) weights.get(index, weight);
       if constexpr (C.has(kSoftcap)) slopes.get(index, slope);
-      float logits[8];
+      float logits[kAtOnce];
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int at = 8 * index + i, k = at / 4, r = at / 2 % 2;
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = kAtOnce * index + i, k = at / 4, r = at / 2 % 2;
         float grad = grads[at];
         if constexpr (C.has(kDropout)) {
           const bool keeps = (kept[r][k / 4] >> (8 * (k % 4) + at % 2)) & 1;
@@ -197,20 +210,22 @@ struct ScoreOptionsOfThread {
           grad =
               __fmaf_rn(keeps ? grad : 0.0f, p.scores.keep_scale, at % 2 == 0 ? -both.x : -both.y);
         }
-        logits[i] = half_of(weight[i / 2], i) * grad;
+        logits[i] = half_of(weight.word[i / 2], i) * grad;
         if constexpr (C.has(kKeyBias)) (r == 0 ? of_keys.x : of_keys.y) += logits[i];
       }
       if constexpr (C.has(kBias)) {
-        pairs.give_gradients(p, 2 * index, &logits[0]);
-        pairs.give_gradients(p, 2 * index + 1, &logits[4]);
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i += 4) {
+          pairs.give_gradients(p, (kAtOnce * index + i) / 4, &logits[i]);
+        }
       }
       if constexpr (C.has(kSoftcap)) {
 #pragma unroll
-        for (int i = 0; i < 8; ++i) logits[i] *= half_of(slope[i / 2], i);
+        for (int i = 0; i < kAtOnce; ++i) logits[i] *= half_of(slope.word[i / 2], i);
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        to[4 * index + i] = pack_pair<kHalf>(logits[2 * i], logits[2 * i + 1]);
+      for (int i = 0; i < kWordsAtOnce; ++i) {
+        to[kWordsAtOnce * index + i] = pack_pair<kHalf>(logits[2 * i], logits[2 * i + 1]);
       }
     }
     if constexpr (C.has(kKeyBias)) shared.key_sums[sums_index()] = of_keys;

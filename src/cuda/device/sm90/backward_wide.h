@@ -228,11 +228,10 @@ struct BackwardWide {
   }
 
   __device__ __forceinline__ void begin_options() {
-    const auto aside = [&](int place) {
-      return reinterpret_cast<uint4*>(shared.aside[place][warp]) + lane;
-    };
-    if constexpr (C.has(kSoftcap)) options.slopes.memory = aside(0);
-    if constexpr (C.has(kDropout)) options.weights.memory = aside(C.aside_places() - 1);
+    if constexpr (C.has(kSoftcap)) options.slopes.lie_at(shared.aside[0][warp], lane);
+    if constexpr (C.has(kDropout)) {
+      options.weights.lie_at(shared.aside[C.aside_places() - 1][warp], lane);
+    }
   }
 
   __device__ __forceinline__ void all_steps(const BackwardItem& item, QuerySums<C>& sums,
