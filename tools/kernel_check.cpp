@@ -3,11 +3,11 @@
 // advisories that cost speed, or a matrix kernel without wgmma and bulk tensor copies. Also
 // compiles each embedded header by itself.
 //
-//   kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only PART] [--verbose]
+//   kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only TEXT] [--verbose]
 //
 // --libraries: a folder to find NVRTC in, such as site-packages (also: ANYMASK_NVRTC).
-// --only: kernels alone, those with PART in their title.
 // --ship: put the compiled kernels there, as the cache layer that goes into the package.
+// --only: no headers, and of the kernels those whose title begins with this: "backward<1, 128".
 #include <cstdio>
 #include <exception>
 #include <mutex>
@@ -26,7 +26,8 @@ using anymask::tools::InstructionCounts;
 constexpr int kCapability = 90;
 
 struct Options {
-  std::string ship, only;
+  std::string ship;
+  std::string only;
   bool verbose = false;
 };
 
@@ -70,7 +71,7 @@ int check_kernels(const Options& options) {
   std::printf("%-64s %9s %6s %6s %6s %6s %6s %7s\n", "kernel", "registers", "spills", "bytes",
               "wgmma", "copies", "local", "in loop");
   const auto check_one = [&](const KernelConfig& config) {
-    if (kernel_title(config).find(options.only) == std::string::npos) return;
+    if (!kernel_title(config).starts_with(options.only)) return;
     std::vector<std::string> faults;
     CompileReport report;
     InstructionCounts counts;
@@ -110,7 +111,7 @@ int run(int argc, char** argv) {
       options.only = argv[++i];
     } else {
       std::fprintf(stderr,
-                   "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only PART] "
+                   "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only TEXT] "
                    "[--verbose]\n");
       return 2;
     }
