@@ -352,7 +352,7 @@ std::vector<KernelConfig> backward_kernels() {
         all.push_back(kernel_config(kPrepare, c, true));
         if (!chained) all.push_back(kernel_config(kFinish, c));
         for (const int32_t features : kShippedFeatures) {
-          if (chained && (features & kDropout) != 0) continue;
+          if (chained && features == (kSoftcap | kDropout)) continue;
           all.push_back(kernel_config(
               kMain, variant(depth, value_depth, half, MaskPath::kRuns, chained, features)));
         }
