@@ -59,25 +59,23 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
                                               int index, int lane) {
   using Shared = BackwardShared<C>;
   Ring<C.bit_slots> slots;
-  KeptPairs<(C.load_registers >= 40)> kept_pairs;
+  KeptPairs<C> kept_pairs;
   for (;; slots.next()) {
     shared.request_full[slots.slot].wait(slots.parity);
     const BitRequest& request = shared.requests[slots.slot];
     if (request.row_tile < 0) break;
-      // The same keys for a warp at all times, so it needs nobody else's runs.
+    if constexpr (C.has(kDropout)) {
+      kept_pairs.make(p, shared, slots.slot, index, lane);
+      if (shared.kept_requests[slots.slot].masked == 0) {
+        arrive_bits(shared.bits_full[slots.slot], lane);
+        continue;
+      }
+    }
+    // The same keys for a warp at all times, so it needs nobody else's runs.
 #pragma unroll 1
     for (int key = 32 * index + lane; key < C.columns(); key += 32 * Shared::kKeyBitWarps) {
       const int position = request.key_tile * C.columns() + key;
       const bool exists = position < p.kv_len;
-      if constexpr (C.has(kDropout)) {
-        const KeptRequest& kept = shared.kept_requests[slots.slot];
-        kept_pairs.make(p, kept, request.row_tile * kBackwardRows, position - lane, lane,
-                        shared.kept[slots.slot][key]);
-        if (kept.masked == 0) {
-          arrive_bits(shared.bits_full[slots.slot], lane);
-          continue;
-        }
-      }
       if constexpr (C.masks() == MaskPath::kRuns) {
         KeyRuns<C.columns()>& runs = shared.runs[slots.slot];
         if (exists) find_runs(p, request.place, position, runs, key);
@@ -110,8 +108,9 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
         }
         shared.bits[slots.slot][key][half] = word;
       }
-      arrive_bits(shared.bits_full[slots.slot], lane);
+      if constexpr (!C.has(kDropout)) arrive_bits(shared.bits_full[slots.slot], lane);
     }
+    if constexpr (C.has(kDropout)) arrive_bits(shared.bits_full[slots.slot], lane);
   }
 }
 

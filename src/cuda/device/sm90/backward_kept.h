@@ -11,40 +11,50 @@
 
 namespace anymask::cuda {
 
-// kPaired: two words at a time, half of the waiting and twice the registers.
-template <bool kPaired>
+template <BackwardConfig C>
 struct KeptPairs {
+  using Shared = BackwardShared<C>;
+  // Both runs of 32 rows at once: half of the waiting, and twice the registers.
+  static constexpr bool kPaired = C.load_registers >= 40;
+
   rules::Dropout dropout;
   const int32_t* order;  // the caller's keys at positions, or null
   int pair = -1;         // whose these are
 
-  // The words of the keys at positions first .. first + 31, a lane's own to `to`: rows
-  // first_row .. first_row + 31 and the 32 after them. The whole warp, converged.
-  __device__ __forceinline__ void make(const BackwardParams& p, const KeptRequest& request,
-                                       int first_row, int first, int lane, uint32_t (&to)[2]) {
-    const int wanted = request.batch * p.q_heads + request.head;
-    if (wanted != pair) {
+  // This warp's share of what the request in a slot is about. The whole warp, converged.
+  __device__ __forceinline__ void make(const BackwardParams& p, Shared& shared, int slot, int index,
+                                       int lane) {
+    const KeptRequest& request = shared.kept_requests[slot];
+    if (const int wanted = request.batch * p.q_heads + request.head; wanted != pair) {
       pair = wanted;
       dropout = dropout_of(p.scores, request.batch, request.head);
       order = key_order(p, {0, request.batch, request.head / p.group_heads, 0});
     }
-    const uint32_t row = first_row + lane, block = first / 32;
+    const int first_row = shared.requests[slot].row_tile * kBackwardRows + lane;
+    const int first_key = shared.requests[slot].key_tile * C.columns();
     if constexpr (kPaired) {
       if (order == nullptr) {
-        const WordPair dropped =
-            rules::dropped_keys<PairedWords>(dropout, WordPair{row, row + 32}, block);
-        to[0] = ~transpose_bits(dropped.a, lane);
-        to[1] = ~transpose_bits(dropped.b, lane);
+#pragma unroll 1
+        for (int key = 32 * index; key < C.columns(); key += 32 * Shared::kKeyBitWarps) {
+          const uint32_t row = first_row, block = (first_key + key) / 32;
+          const WordPair dropped =
+              rules::dropped_keys<PairedWords>(dropout, WordPair{row, row + 32}, block);
+          shared.kept[slot][key + lane][0] = ~transpose_bits(dropped.a, lane);
+          shared.kept[slot][key + lane][1] = ~transpose_bits(dropped.b, lane);
+        }
         return;
       }
     }
+    // 32 rows of 32 keys at a time.
 #pragma unroll 1
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t half_row = row + 32 * half;
+    for (int part = index; part < C.columns() / 16; part += Shared::kKeyBitWarps) {
+      const int key = part / 2 * 32, half = part % 2;
+      const int first = first_key + key;
+      const uint32_t row = first_row + 32 * half;
       const uint32_t dropped =
-          order != nullptr ? dropped_in_order(dropout, half_row, order, first, p.kv_len)
-                           : rules::dropped_keys<rules::ScalarWords>(dropout, half_row, block);
-      to[half] = ~transpose_bits(dropped, lane);
+          order != nullptr ? dropped_in_order(dropout, row, order, first, p.kv_len)
+                           : rules::dropped_keys<rules::ScalarWords>(dropout, row, first / 32);
+      shared.kept[slot][key + lane][half] = ~transpose_bits(dropped, lane);
     }
   }
 };

@@ -190,7 +190,7 @@ struct BackwardShared {
     weights_empty.init(kMathWarps);
     for (int s = 0; s < C.bit_slots; ++s) {
       request_full[s].init(1);
-      bits_full[s].init(kColumns / 32);
+      bits_full[s].init(kDrops ? kKeyBitWarps : kColumns / 32);
       bits_empty[s].init(C.wide != 0 && !kDrops ? kMathWarps : kMathArrivals);
     }
     for (int s = 0; s < kItemSlots; ++s) {
