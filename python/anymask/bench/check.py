@@ -7,7 +7,7 @@ definition. So a check takes seconds and fits in memory at the largest size that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -34,8 +34,13 @@ class Slice(NamedTuple):
     dout: Tensor | None
 
 
-def visible(mask: BenchmarkMask, entry: int, start: int, stop: int, device: Any) -> Tensor:
+AnyMask = Union[BenchmarkMask, Tensor]  # a dense mask: bool [batch, 1, length, length]
+
+
+def visible(mask: AnyMask, entry: int, start: int, stop: int, device: Any) -> Tensor:
     """bool [stop - start, length]: what those rows may see, by the definition of the intervals."""
+    if isinstance(mask, Tensor):
+        return mask[entry, 0, start:stop]
     indices = mask.indices[entry if len(mask.indices) > 1 else 0, 0]
     column = [torch.from_numpy(c.copy()).to(device)[None] for c in indices.T]
     i = torch.arange(start, stop, device=device, dtype=torch.int32)[:, None]
@@ -49,9 +54,7 @@ def visible(mask: BenchmarkMask, entry: int, start: int, stop: int, device: Any)
     return ~masked
 
 
-def attention(
-    inputs: Slice, mask: BenchmarkMask, entry: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def attention(inputs: Slice, mask: AnyMask, entry: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """out, lse and (with dout) dq, dk, dv of a slice, each step done and rounded in `dtype`."""
     q, k, v = (x.to(dtype) for x in inputs[:3])
     dout = None if inputs.dout is None else inputs.dout.to(dtype)
@@ -119,9 +122,7 @@ class Expected:
     The reference is computed in float64 on the CPU and in float32 (no TF32) on a GPU.
     """
 
-    def __init__(
-        self, mask: BenchmarkMask, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
-    ) -> None:
+    def __init__(self, mask: AnyMask, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -> None:
         batch, length, heads, _ = q.shape
         kv_heads = k.shape[2]
         last = (batch - 1, kv_heads - 1)
