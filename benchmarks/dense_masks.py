@@ -6,8 +6,8 @@
 Two masks [batch, 1, length, length]: random pairs, in which no tile can be skipped, so the time is
 compared with that of no mask at all; and the causal documents of the FlashMask paper's layouts, as
 if nobody had told the library what they are. The plan, which reads the mask and packs it to bits,
-is timed apart. Every result under a mask is compared with the definition before it is timed, torch's
-too, by the rule of `anymask bench`; times are medians of interleaved rounds.
+is timed apart. Results under a mask are compared with the definition before they are timed, those
+of torch too, by the rule of `anymask bench`; times are medians of interleaved rounds.
 """
 
 from __future__ import annotations

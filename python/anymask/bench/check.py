@@ -26,12 +26,13 @@ class WrongResult(RuntimeError):
 
 
 class Slice(NamedTuple):
-    """One key head of one batch entry: q, dout [group, Sq, D], k, v [Sk, D]."""
+    """One key head of one batch entry: q, dout [group, Sq, D], k, v [Sk, D], key_bias [Sk]."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     dout: Tensor | None
+    key_bias: Tensor | None = None
 
 
 AnyMask = Union[BenchmarkMask, Tensor]  # a dense mask: bool [batch, 1, length, length]
@@ -58,6 +59,7 @@ def attention(inputs: Slice, mask: AnyMask, entry: int, dtype: torch.dtype) -> d
     """out, lse and (with dout) dq, dk, dv of a slice, each step done and rounded in `dtype`."""
     q, k, v = (x.to(dtype) for x in inputs[:3])
     dout = None if inputs.dout is None else inputs.dout.to(dtype)
+    bias = None if inputs.key_bias is None else inputs.key_bias.to(dtype)
     group, length, dim = q.shape
     scale = dim**-0.5
     # What is summed over blocks of rows is rounded once, as one matrix product would.
@@ -72,7 +74,10 @@ def attention(inputs: Slice, mask: AnyMask, entry: int, dtype: torch.dtype) -> d
         allowed = visible(mask, entry, here.start, here.stop, q.device)
         blind = ~allowed.any(-1, keepdim=True)
         for g in range(group):
-            scores = (q[g, here] @ k.T).mul_(scale).masked_fill_(~allowed, -torch.inf)
+            scores = (q[g, here] @ k.T).mul_(scale)
+            if bias is not None:
+                scores += bias
+            scores.masked_fill_(~allowed, -torch.inf)
             found["lse"][g, here] = torch.logsumexp(scores, -1)
             p = torch.softmax(scores, -1).masked_fill_(blind, 0.0)
             found["out"][g, here] = p @ v
