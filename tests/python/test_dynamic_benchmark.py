@@ -13,21 +13,6 @@ from anymask.bench.check import WrongResult  # noqa: E402
 
 SMALL = ["--lengths", "300", "--keeps", "40", "--heads", "4", "--kv-heads", "2", "--dim", "16"]
 SMALL += ["--rounds", "2", "--budget", "0.1"]
-    "--lengths",
-    "300",
-    "--keeps",
-    "40",
-    "--heads",
-    "4",
-    "--kv-heads",
-    "2",
-    "--dim",
-    "16",
-    "--rounds",
-    "2",
-    "--budget",
-    "0.1",
-]
 
 
 @pytest.fixture
