@@ -121,6 +121,13 @@ def compare(name: str, got: Tensor, ref: Tensor, low: Tensor, floor: float | Non
     return worst
 
 
+def assert_finite(results: Mapping[str, Tensor]) -> None:
+    """Raises WrongResult unless all results by name are finite; lse may be -inf."""
+    for name, result in results.items():
+        if name != "lse" and not result.isfinite().all():
+            raise WrongResult(f"{name}: not finite everywhere")
+
+
 class Expected:
     """What a call on q [B, S, H, D], k, v (and dout) should give, at a few places.
 
@@ -157,10 +164,9 @@ class Expected:
     def check(self, results: Mapping[str, Tensor]) -> float:
         """Compares results by name (out, lse, dq, dk, dv), shaped as the call has them; returns
         the largest error as a share of what is allowed, or raises WrongResult."""
+        assert_finite(results)
         worst = 0.0
         for name, result in results.items():
-            if name != "lse" and not result.isfinite().all():
-                raise WrongResult(f"{name}: not finite everywhere")
             for (entry, head), (ref, low) in zip(self.places, self._pairs):
                 got = self._at(result.detach(), entry, head).reshape(ref[name].shape)
                 worst = max(worst, compare(name, got, ref[name], low[name]))
