@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 from collections.abc import Callable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import anymask as am
@@ -144,25 +146,58 @@ def fastest_torch_call(
 def largest_length(options: argparse.Namespace) -> int:
     """The longest sequence, in steps of 8192, whose dense masks and a pass of training fit into
     the GPU's free memory and give torch's right result; 0 where none does. Tried, not only
-    computed."""
+    computed, in a process of its own: a kernel that reads where it must not ends that one."""
     free = torch.cuda.mem_get_info()[0]
     size = torch.tensor([], dtype=getattr(torch, options.dtype)).element_size()
     length = 0
     while _bytes_for_torch(options, length + _LENGTH_STEP, size) <= free:
         length += _LENGTH_STEP
-    while length:
+    trial = _Trial()
+    while length and not trial.works(options, length):
+        length -= _LENGTH_STEP
+    trial.end()
+    return length
+
+
+class _Trial:
+    """A process that tries lengths; a new one after an attempt that broke it."""
+
+    def __init__(self) -> None:
+        self._pool: ProcessPoolExecutor | None = None
+
+    def works(self, options: argparse.Namespace, length: int) -> bool:
+        if self._pool is None:
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(1, mp_context=context)
         try:
-            inputs = draw(options, length)
-            scores = scores_of(inputs)
-            leaves = Inputs(*(x.requires_grad_() for x in inputs[:3]), *inputs[3:])
-            fastest_torch_call(leaves, scores, min(options.keeps), torch.randn_like(inputs.query))
-            return length
-        except RuntimeError:
-            length -= _LENGTH_STEP
-        finally:
-            inputs = scores = leaves = None
+            return self._pool.submit(torch_holds, options, length).result()
+        except (RuntimeError, BrokenExecutor):
+            self.end()
+            return False
+
+    def end(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+        self._pool = None
+
+
+def torch_holds(options: argparse.Namespace, length: int) -> bool:
+    """Whether torch trains under dense masks of that length and is right. Raises RuntimeError where
+    the process can do nothing more on the GPU."""
+    inputs = scores = leaves = None
+    try:
+        inputs = draw(options, length)
+        scores = scores_of(inputs)
+        leaves = Inputs(*(x.requires_grad_() for x in inputs[:3]), *inputs[3:])
+        fastest_torch_call(leaves, scores, min(options.keeps), torch.randn_like(inputs.query))
+        return True
+    except RuntimeError:
+        return False
+    finally:
+        inputs = scores = leaves = None
+        if options.device == "cuda":
             torch.cuda.empty_cache()
-    return 0
+            torch.cuda.synchronize()
 
 
 def _bytes_for_torch(options: argparse.Namespace, length: int, size: int) -> int:

@@ -235,9 +235,6 @@ def main() -> int:
         return 1
     console = Console(width=170 if not sys.stdout.isatty() else None)
     cases = [(length, keep, False) for length in options.lengths for keep in options.keeps]
-    if options.largest:
-        longest = largest_length(options)
-        cases += [(longest, keep, True) for keep in options.keeps if longest]
     rows: list[Figures] = []
     wrong: list[str] = []
     lost: list[str] = []
@@ -245,23 +242,32 @@ def main() -> int:
         TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(),
         TimeElapsedColumn(), console=console, transient=True,
     ) as bar:  # fmt: skip
-        task = bar.add_task("", total=len(cases))
-        for length, keep, largest in cases:
-            where = f"S={length} keep {keep}"
+        task = bar.add_task("", total=len(cases) + options.largest * len(options.keeps))
 
-            def say(text: str, where: str = where) -> None:
-                bar.update(task, description=f"{where}: {text}")
+        def measure_all(cases: list[tuple[int, int, bool]]) -> None:
+            for length, keep, largest in cases:
+                where = f"S={length} keep {keep}"
 
-            try:
-                rows.append(measure(options, length, keep, say, largest))
-            except WrongResult as error:
-                wrong.append(f"wrong: {where}: {error}")
-            except torch.OutOfMemoryError as error:
-                lost.append(f"problem: {where}: {' '.join(str(error).split())[:200]}")
-            bar.advance(task)
-            release(options)
-            if options.json:
-                write(options, rows)
+                def say(text: str, where: str = where) -> None:
+                    bar.update(task, description=f"{where}: {text}")
+
+                try:
+                    rows.append(measure(options, length, keep, say, largest))
+                except WrongResult as error:
+                    wrong.append(f"wrong: {where}: {error}")
+                except torch.OutOfMemoryError as error:
+                    lost.append(f"problem: {where}: {' '.join(str(error).split())[:200]}")
+                bar.advance(task)
+                release(options)
+                if options.json:
+                    write(options, rows)
+
+        measure_all(cases)
+        if options.largest:
+            bar.update(task, description="the longest sequence for torch")
+            longest = largest_length(options)
+            if longest:
+                measure_all([(longest, keep, True) for keep in options.keeps])
     console.print(where_text(options), highlight=False)
     title = (
         f"{options.dtype}, B=1, H={options.heads}, kv heads {options.kv_heads}, D={options.dim}; "

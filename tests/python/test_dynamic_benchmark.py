@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 from library_under_test import ROOT
@@ -100,36 +101,32 @@ def test_the_longest_sequence_for_torch(benchmark, calls, monkeypatch, gib):
     assert options.largest and options.lengths == [32768]
     tried = []
 
-    def fastest(inputs, scores, keep, dout):
-        tried.append(inputs)
-        if inputs * inputs > 2**31:
-            raise RuntimeError("wrong result")
+    def works(self, options, length):
+        tried.append(length)
+        return length**2 < 2**31
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (gib * 2**30, gib * 2**30))
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(calls, "draw", lambda options, length: _Lengths(length))
-        patch.setattr(calls, "scores_of", lambda inputs: None)
-        patch.setattr(calls, "Inputs", lambda *parts: parts[0])
-        patch.setattr(calls, "fastest_torch_call", fastest)
-        patch.setattr(torch, "randn_like", lambda x: None)
-        assert calls.largest_length(options) == 40960
+    monkeypatch.setattr(calls._Trial, "works", works)
+    assert calls.largest_length(options) == 40960
     assert tried[0] == {78: 57344, 139: 81920}[gib]
+    assert tried == list(range(tried[0], 40959, -8192))
     masks = options.kv_heads * 2 * tried[0] ** 2
     assert masks < gib * 2**30
 
 
-class _Lengths(list):
-    """Stands for inputs: everything in it is its length."""
-
-    def __init__(self, length):
-        super().__init__([_Number(length)] * 5)
-        self.query = None
-
-
-class _Number(int):
-    def requires_grad_(self):
-        return self
+def test_lengths_are_tried_in_another_process(benchmark, calls, monkeypatch):
+    options = benchmark.parse(SMALL)
+    trial = calls._Trial()
+    try:
+        assert trial.works(options, 64)
+        assert not trial.works(options, -1)  # a RuntimeError of torch's
+        options.dtype = "no type"  # none of torch's
+        with pytest.raises(AttributeError):
+            trial.works(options, 64)
+    finally:
+        trial.end()
+    monkeypatch.setattr(calls, "torch_holds", os.abort)  # takes the process with it
+    assert not trial.works(options, 64)
 
 
 def test_targets(benchmark):
