@@ -125,8 +125,9 @@ def test_lengths_are_tried_in_another_process(benchmark, calls, monkeypatch):
             trial.works(options, 64)
     finally:
         trial.end()
-    monkeypatch.setattr(calls, "torch_holds", os.abort)  # takes the process with it
-    assert not trial.works(options, 64)
+    monkeypatch.setattr(calls, "torch_holds", os.execv)  # the process becomes another and is lost
+    assert not trial.works("/bin/false", ["false"])
+    assert trial._pool is None
 
 
 def test_targets(benchmark):
