@@ -274,9 +274,9 @@ def main() -> int:
         "torch: a dense mask a key head, made beforehand"
     )
     console.print(table_of(rows, title))
+    for length in {row.length for row in rows if row.largest}:
+        console.print(f"S={length}: the longest that torch's masks leave room for", highlight=False)
     for row in rows:
-        if row.largest:
-            console.print(f"S={row.length}: the longest that torch's masks leave room for")
         for what, text in row.problems.items():
             console.print(f"problem: S={row.length} keep {row.keep}: {what}: {text}", markup=False)
     for text in [f"missed: {text}" for text in missed_targets(options.device, rows)] + lost + wrong:
