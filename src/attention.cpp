@@ -19,18 +19,6 @@ namespace {
 
 bool on_cuda(const Problem& problem) { return problem.device.type == DeviceType::cuda; }
 
-// What the CUDA kernels do not do yet.
-void refuse_scores(const ScoreOptions& scores) {
-  const auto refuse = [](const char* name, bool given) {
-    if (given) throw Unsupported(std::string(name) + ": not available on CUDA yet; use the CPU");
-  };
-  refuse("key_bias", scores.key_bias.given());
-  refuse("bias", scores.bias.given());
-  refuse("sink", scores.sink.given());
-  refuse("softcap", scores.softcap > 0);
-  refuse("dropout_p", scores.dropout_p > 0);
-}
-
 // A mask lowered for a problem, and how its plan lies in a buffer.
 struct Lowered {
   rules::Program program;
@@ -118,9 +106,13 @@ int64_t forward_workspace_bytes(const Mask& mask, const Problem& problem) {
   return on_cuda(problem) ? cuda::forward_workspace(lower(mask, problem), problem) : 0;
 }
 
-int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool deterministic) {
+int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool deterministic,
+                                 const ScoreOptions& scores, const ScoreGradientViews& gradients) {
   const rules::Program lowered = lower(mask, problem);
-  return on_cuda(problem) ? cuda::backward_workspace(lowered, problem, deterministic) : 0;
+  if (!on_cuda(problem)) return 0;
+  check_scores(scores, problem);
+  check_score_gradients(gradients, scores);
+  return cuda::backward_workspace(lowered, problem, deterministic, scores, gradients);
 }
 
 void attention_forward(const ForwardArgs& args) {
@@ -143,7 +135,6 @@ void attention_forward(const ForwardArgs& args) {
 void attention_backward(const BackwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_backward(args, problem);
-  if (on_cuda(problem)) refuse_scores(args.scores);
   const double scale = check_scale(args.scale, problem);
   const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
   if (on_cuda(problem)) return cuda::backward(args, problem, plan.get(), scale);

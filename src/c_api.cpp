@@ -97,6 +97,13 @@ ScoreOptions scores_from(const anymask_score_options* from) {
           .dropout_p = from->dropout_p};
 }
 
+ScoreGradientViews gradients_from(const anymask_score_gradients* from) {
+  if (from == nullptr) return {};
+  return {.dkey_bias = tensor_from(from->dkey_bias),
+          .dbias = tensor_from(from->dbias),
+          .dsink = tensor_from(from->dsink)};
+}
+
 void write_text(const std::string& text, char* target, int64_t size) {
   if (size < static_cast<int64_t>(text.size()) + 1) {
     throw InvalidValue("size is " + std::to_string(size) + "; the text needs " +
@@ -131,9 +138,13 @@ anymask_status anymask_forward_workspace_bytes(const anymask_mask* mask,
 
 anymask_status anymask_backward_workspace_bytes(const anymask_mask* mask,
                                                 const anymask_problem* problem,
-                                                int32_t deterministic, int64_t* bytes) {
+                                                int32_t deterministic,
+                                                const anymask_score_options* scores,
+                                                const anymask_score_gradients* score_gradients,
+                                                int64_t* bytes) {
   return guarded([&] {
-    *bytes = backward_workspace_bytes(mask_from(*mask), problem_from(*problem), deterministic != 0);
+    *bytes = backward_workspace_bytes(mask_from(*mask), problem_from(*problem), deterministic != 0,
+                                      scores_from(scores), gradients_from(score_gradients));
   });
 }
 
@@ -175,11 +186,10 @@ anymask_status anymask_attention_backward(const anymask_backward_args* args) {
     call.plan_bytes = args->plan_bytes;
     call.scale = scale_from(args->scale);
     call.scores = scores_from(args->scores);
-    if (args->score_gradients != nullptr) {
-      call.dkey_bias = tensor_from(args->score_gradients->dkey_bias);
-      call.dbias = tensor_from(args->score_gradients->dbias);
-      call.dsink = tensor_from(args->score_gradients->dsink);
-    }
+    const ScoreGradientViews gradients = gradients_from(args->score_gradients);
+    call.dkey_bias = gradients.dkey_bias;
+    call.dbias = gradients.dbias;
+    call.dsink = gradients.dsink;
     call.deterministic = args->deterministic != 0;
     call.stream = args->stream;
     call.workspace = args->workspace;

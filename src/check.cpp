@@ -231,6 +231,12 @@ void check_forward(const ForwardArgs& args, const Problem& problem) {
   check_out_and_lse(args.out, args.lse, problem, Role::output);
 }
 
+void check_score_gradients(const ScoreGradientViews& gradients, const ScoreOptions& scores) {
+  check_option_gradient("dkey_bias", gradients.dkey_bias, scores.key_bias);
+  check_option_gradient("dbias", gradients.dbias, scores.bias);
+  check_option_gradient("dsink", gradients.dsink, scores.sink);
+}
+
 void check_backward(const BackwardArgs& args, const Problem& p) {
   check_scores(args.scores, p);
   check_out_and_lse(args.out, args.lse, p, Role::input);
@@ -251,9 +257,7 @@ void check_backward(const BackwardArgs& args, const Problem& p) {
   gradient("dq", args.dq, p.q_len, p.q_heads, p.head_dim, "the shape of q");
   gradient("dk", args.dk, p.kv_len, p.kv_heads, p.head_dim, "the shape of k");
   gradient("dv", args.dv, p.kv_len, p.kv_heads, p.v_head_dim, "the shape of v");
-  check_option_gradient("dkey_bias", args.dkey_bias, args.scores.key_bias);
-  check_option_gradient("dbias", args.dbias, args.scores.bias);
-  check_option_gradient("dsink", args.dsink, args.scores.sink);
+  check_score_gradients({args.dkey_bias, args.dbias, args.dsink}, args.scores);
 }
 
 double check_scale(const std::optional<double>& scale, const Problem& problem) {

@@ -11,6 +11,8 @@ Problem check_inputs(const Tensor& q, const Tensor& k, const Tensor& v);
 // Every option by itself, and what goes together.
 void check_scores(const ScoreOptions& scores, const Problem& problem);
 
+void check_score_gradients(const ScoreGradientViews& gradients, const ScoreOptions& scores);
+
 void check_forward(const ForwardArgs& args, const Problem& problem);
 void check_backward(const BackwardArgs& args, const Problem& problem);
 

@@ -3,11 +3,12 @@
 // advisories that cost speed, or a matrix kernel without wgmma and bulk tensor copies. Also
 // compiles each embedded header by itself.
 //
-//   kernel_check [--libraries FOLDER]... [--ship FOLDER] [--verbose]
+//   kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only TEXT] [--verbose]
 //   kernel_check --shipped FOLDER
 //
 // --libraries: a folder to find NVRTC in, such as site-packages (also: ANYMASK_NVRTC).
 // --ship: put the compiled kernels there, as the cache layer that goes into the package.
+// --only: no headers, and of the kernels those whose title begins with this: "backward<1, 128".
 // --shipped: compile nothing; ask for every kernel as a call does, and fail unless each is there.
 #include <cstdio>
 #include <exception>
@@ -29,6 +30,7 @@ constexpr int kCapability = 90;
 struct Options {
   std::string ship;
   std::string shipped;
+  std::string only;
   bool verbose = false;
 };
 
@@ -72,6 +74,7 @@ int check_kernels(const Options& options) {
   std::printf("%-64s %9s %6s %6s %6s %6s %6s %7s\n", "kernel", "registers", "spills", "bytes",
               "wgmma", "copies", "local", "in loop");
   const auto check_one = [&](const KernelConfig& config) {
+    if (!kernel_title(config).starts_with(options.only)) return;
     std::vector<std::string> faults;
     CompileReport report;
     InstructionCounts counts;
@@ -132,9 +135,12 @@ int run(int argc, char** argv) {
       options.ship = argv[++i];
     } else if (argument == "--shipped" && i + 1 < argc) {
       options.shipped = argv[++i];
+    } else if (argument == "--only" && i + 1 < argc) {
+      options.only = argv[++i];
     } else {
       std::fprintf(stderr,
-                   "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--verbose]\n"
+                   "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only TEXT] "
+                   "[--verbose]\n"
                    "       kernel_check --shipped FOLDER\n");
       return 2;
     }
@@ -143,7 +149,7 @@ int run(int argc, char** argv) {
   const CompilerInfo compiler = compiler_info();
   std::printf("NVRTC %d.%d, %s\n", compiler.version / 1000, compiler.version % 1000,
               compiler.path.c_str());
-  const int failures = check_headers() + check_kernels(options);
+  const int failures = (options.only.empty() ? check_headers() : 0) + check_kernels(options);
   std::printf(failures == 0 ? "all good\n" : "%d failed\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -148,13 +148,14 @@ ANYMASK_API anymask_status anymask_build_plan(const anymask_mask* mask,
                                               const anymask_problem* problem, void* buffer,
                                               int64_t bytes, void* stream);
 
-/* Scratch memory of a CUDA call, 256-byte aligned (0 on the CPU). */
+/* Scratch memory of a CUDA call, 256-byte aligned (0 on the CPU). The backward pass's depends on
+ * types and shapes of score options and their gradients; NULL: none. */
 ANYMASK_API anymask_status anymask_forward_workspace_bytes(const anymask_mask* mask,
                                                            const anymask_problem* problem,
                                                            int64_t* bytes);
-ANYMASK_API anymask_status anymask_backward_workspace_bytes(const anymask_mask* mask,
-                                                            const anymask_problem* problem,
-                                                            int32_t deterministic, int64_t* bytes);
+ANYMASK_API anymask_status anymask_backward_workspace_bytes(
+    const anymask_mask* mask, const anymask_problem* problem, int32_t deterministic,
+    const anymask_score_options* scores, const anymask_score_gradients* gradients, int64_t* bytes);
 
 ANYMASK_API anymask_status anymask_attention_forward(const anymask_forward_args* args);
 ANYMASK_API anymask_status anymask_attention_backward(const anymask_backward_args* args);

@@ -47,6 +47,11 @@ struct ForwardArgs {
   int64_t workspace_bytes = 0;
 };
 
+// Gradients of score options: outputs, of the options' shapes and types; "none" where not wanted.
+struct ScoreGradientViews {
+  Tensor dkey_bias, dbias, dsink;
+};
+
 struct BackwardArgs {
   Tensor q, k, v, out, lse;  // as they went into and came out of the forward pass
   Tensor dout;               // gradient of out, same shape and type
@@ -72,7 +77,11 @@ void attention_backward(const BackwardArgs& args);
 
 // Scratch memory that a CUDA call needs beside its plan; 0 on the CPU.
 int64_t forward_workspace_bytes(const Mask& mask, const Problem& problem);
-int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool deterministic);
+// The backward pass's depends on the score options and their gradients, of which only types and
+// shapes are looked at.
+int64_t backward_workspace_bytes(const Mask& mask, const Problem& problem, bool deterministic,
+                                 const ScoreOptions& scores = {},
+                                 const ScoreGradientViews& gradients = {});
 
 // The problem that a call's tensors state.
 Problem problem_of(const Tensor& q, const Tensor& k, const Tensor& v);

@@ -25,7 +25,7 @@ _PROTOTYPES = {
     "anymask_plan_bytes": "ppp",
     "anymask_build_plan": "pppqp",
     "anymask_forward_workspace_bytes": "ppp",
-    "anymask_backward_workspace_bytes": "ppip",
+    "anymask_backward_workspace_bytes": "ppippp",
     "anymask_attention_forward": "p",
     "anymask_attention_backward": "p",
     "anymask_mask_shape": "pppp",

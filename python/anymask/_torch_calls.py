@@ -73,15 +73,24 @@ def _build(mask: bytes, problem: bytes, device: torch.device) -> Tensor:
 
 
 def _scratch(
-    mask: bytes, problem: bytes, device: torch.device, deterministic: bool | None
+    mask: bytes,
+    problem: bytes,
+    device: torch.device,
+    deterministic: bool | None,
+    scores: tuple[Any, ...],
 ) -> Tensor:
-    """Scratch memory of a CUDA call: the forward pass for deterministic=None, else backward."""
+    """Scratch memory of a CUDA call: the forward pass for deterministic=None, else backward, with
+    `scores`: its score options and gradients as _scores packs them, None where there are none."""
     size = ctypes.c_int64()
     result = ctypes.byref(size)
     if deterministic is None:
         check(library().anymask_forward_workspace_bytes(mask, problem, result))
     else:
-        check(library().anymask_backward_workspace_bytes(mask, problem, int(deterministic), result))
+        check(
+            library().anymask_backward_workspace_bytes(
+                mask, problem, int(deterministic), *scores, result
+            )
+        )
     return torch.empty(size.value, dtype=torch.uint8, device=device)
 
 
@@ -93,6 +102,7 @@ def _tail(
     plan: Tensor | None,
     scale: float | None,
     deterministic: bool | None,
+    scores: tuple[Any, ...] = (None, None),
 ) -> tuple[tuple[Any, ...], Any]:
     """(plan, plan_bytes, scale, stream, workspace, workspace_bytes), and what must stay alive."""
     scale = NAN if scale is None else scale
@@ -104,7 +114,7 @@ def _tail(
         return (plan.data_ptr(), plan.numel(), scale, 0, 0, 0), plan
     problem = _problem(q, k, v)
     plan = _build(mask, problem, q.device) if plan is None else plan
-    work = _scratch(mask, problem, q.device, deterministic)
+    work = _scratch(mask, problem, q.device, deterministic, scores)
     stream = _stream(q.device)
     values = (plan.data_ptr(), plan.numel(), scale, stream, work.data_ptr(), work.numel())
     return values, (plan, work)
@@ -218,14 +228,14 @@ def backward(
     dout = torch.zeros_like(out) if dout is None else _loadable(_rows_contiguous(dout))
     q, k, v, out = _loadable(q), _loadable(k), _loadable(v), _loadable(out)
     mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
-    tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic)
-    options, _options = _pack_options(scores) if scores else (NO_SCORES, None)
+    options, _options = _pack_options(scores) if scores else (NO_SCORES, (None, None))
     score_gradients, _gradients = NO_SCORES, None
     if len(gradients) > 3:
         names = [name for name, needed in zip(_scores.DIFFERENTIABLE, wanted) if needed]
         score_gradients, _gradients = _scores.pack_gradients(
             dict(zip(names, gradients[3:])), pack_torch
         )
+    tail, _alive = _tail(q, k, v, mask, plan, scale, deterministic, (_options[0], _gradients))
     dlse_view = _tensors.NO_TENSOR
     if dlse is not None:
         dlse = dlse.contiguous()

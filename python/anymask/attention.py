@@ -73,7 +73,6 @@ def attention(
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
-        NotImplementedError: for what is not available on q's device yet.
 
     >>> q = k = v = np.ones((1, 4, 2, 8), np.float32)
     >>> am.attention(q, k, v, am.causal()).shape

@@ -81,8 +81,11 @@ int64_t forward_workspace(const rules::Program& lowered, const Problem& problem)
 }
 
 int64_t backward_workspace(const rules::Program& lowered, const Problem& problem,
-                           bool deterministic) {
-  return line_up(backward_workspace(problem, deterministic)) + gathered_bytes(lowered, problem);
+                           bool deterministic, const ScoreOptions& scores,
+                           const ScoreGradientViews& gradients) {
+  const ScoreCall call{scores, gradients.dkey_bias, gradients.dbias, gradients.dsink};
+  return line_up(backward_workspace(problem, deterministic, call)) +
+         gathered_bytes(lowered, problem);
 }
 
 void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& plan,
@@ -112,7 +115,8 @@ void backward(const BackwardArgs& args, const Problem& problem, const plan::Plan
   const DeviceScope scope(ordinal);
   Workspace workspace(args.workspace, args.workspace_bytes);
   BackwardCall call{};
-  call.workspace = workspace.take(backward_workspace(problem, args.deterministic));
+  call.workspace = workspace.take(backward_workspace(
+      problem, args.deterministic, {args.scores, args.dkey_bias, args.dbias, args.dsink}));
   call.q = args.q;
   call.k = gathered(args.k, plan.program, workspace, stream);
   call.v = gathered(args.v, plan.program, workspace, stream);
@@ -127,6 +131,10 @@ void backward(const BackwardArgs& args, const Problem& problem, const plan::Plan
   call.rows = plan.backward_rows;
   call.columns = plan.backward_columns;
   call.scale = scale;
+  call.scores = &args.scores;
+  call.dkey_bias = args.dkey_bias;
+  call.dbias = args.dbias;
+  call.dsink = args.dsink;
   call.deterministic = args.deterministic;
   backward(call, ordinal, stream);
 }

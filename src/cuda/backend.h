@@ -17,7 +17,8 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
 
 int64_t forward_workspace(const rules::Program& lowered, const Problem& problem);
 int64_t backward_workspace(const rules::Program& lowered, const Problem& problem,
-                           bool deterministic);
+                           bool deterministic, const ScoreOptions& scores,
+                           const ScoreGradientViews& gradients);
 
 void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& plan, double scale);
 void backward(const BackwardArgs& args, const Problem& problem, const plan::Plan& plan,

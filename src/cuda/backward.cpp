@@ -32,12 +32,18 @@ constexpr int kPrepareThreads = 256;
 
 // ---- variants -----------------------------------------------------------------------------------
 
+constexpr int kSharedBytes = 227 * 1024;  // of a block
+
 // docs/kernels/backward.md has the reasons.
 constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                 bool chained) {
+                                 bool chained, int32_t features = 0) {
   BackwardConfig c{};
   c.half = half;
   c.chained = chained;
+  c.features = features;
+  // With dropout those who make mask bits have something for every tile, and runs would have to be
+  // handed over beside it; with biases of pairs math threads have no registers for runs.
+  if (c.has(kDropout | kBias) && masks == MaskPath::kRuns) masks = MaskPath::kRecipe;
   c.mask_path = static_cast<int32_t>(masks);
   c.bit_slots = masks == MaskPath::kRuns ? 2 : 4;
   c.slope_slots = 1;
@@ -47,8 +53,10 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.depth = c.value_depth = 256;
     c.k_stages = 1;
     c.q_stages = 2;
-    c.math_registers = chained ? 232 : 224;
-    c.load_registers = chained ? 40 : 56;
+    c.math_registers = chained || features != 0 ? 232 : 224;
+    c.load_registers = chained || features != 0 ? 40 : 56;
+    while (c.shared_bytes() > kSharedBytes && c.bit_slots > 2) --c.bit_slots;
+    while (c.shared_bytes() > kSharedBytes && c.o_stages > 1) --c.o_stages;
     return c;
   }
   c.depth = head_dim <= 64 ? 64 : 128;
@@ -60,26 +68,36 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
   c.query_registers = total == 256 ? 72 : total == 192 ? 80 : 96;
   c.load_registers = total == 256 ? 24 : total == 192 ? 80 : 96;
+  if (features != 0) {
+    c.math_registers = total == 256 ? 208 : total == 192 ? 192 : 184;
+    c.query_registers = 72;
+    c.load_registers = total == 256 ? 24 : total == 192 ? 56 : 72;
+    while (c.shared_bytes() > kSharedBytes && c.bit_slots > 2) --c.bit_slots;
+    while (c.shared_bytes() > kSharedBytes && c.q_stages > 2) --c.q_stages;
+  }
   return c;
 }
 
 constexpr int kDims[] = {64, 128, 256};
 
 constexpr bool variants_fit() {
-  constexpr int kSharedBytes = 227 * 1024;
   for (const int depth : kDims) {
     for (const int value_depth : kDims) {
-      const BackwardConfig c = variant(depth, value_depth, false, MaskPath::kRecipe, true);
-      // What the launch deals out in eights a thread is what the warpgroups can trade.
-      const int at_launch = 65536 / c.threads() / 8 * 8 * c.warpgroups();
-      if (c.shared_bytes() > kSharedBytes || c.registers() > at_launch) return false;
+      for (int32_t features = 0; features < 16; ++features) {
+        const BackwardConfig c =
+            variant(depth, value_depth, false, MaskPath::kRecipe, true, features);
+        // What the launch deals out in eights a thread is what the warpgroups can trade.
+        const int at_launch = 65536 / c.threads() / 8 * 8 * c.warpgroups();
+        if (c.shared_bytes() > kSharedBytes || c.registers() > at_launch) return false;
+      }
     }
   }
   return true;
 }
 static_assert(variants_fit());
 
-KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
+// row_numbers: of prepare.
+KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool row_numbers = false) {
   const bool main = &family == &kMain;
   if (!main) {  // only what these two look at, so that variants share them
     BackwardConfig few{};
@@ -88,30 +106,36 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
     few.value_depth = c.value_depth;
     few.chained = c.chained;
     few.wide = c.wide;
+    if (row_numbers) few.features = kRowNumbers;
     c = few;
   }
   KernelConfig config;
   config.family = &family;
-  config.values = {c.half,      c.depth,          c.value_depth,     c.wide,          c.k_stages,
-                   c.q_stages,  c.o_stages,       c.slope_slots,     c.chained,       c.bit_slots,
-                   c.mask_path, c.math_registers, c.query_registers, c.load_registers};
-  config.count = 14;
+  config.values = {c.half,      c.depth,          c.value_depth,     c.wide,           c.k_stages,
+                   c.q_stages,  c.o_stages,       c.slope_slots,     c.chained,        c.bit_slots,
+                   c.mask_path, c.math_registers, c.query_registers, c.load_registers, c.features};
+  config.count = 15;
   config.threads = &family == &kFinish ? 128 * c.parts() : main ? c.threads() : kPrepareThreads;
   config.shared_bytes = main ? c.shared_bytes() : 0;
   return config;
 }
-static_assert(sizeof(BackwardConfig) == 14 * sizeof(int32_t));
+static_assert(sizeof(BackwardConfig) == 15 * sizeof(int32_t));
 
 // ---- workspace ----------------------------------------------------------------------------------
 
 struct Workspace {
-  int64_t q_sums, stats, turns, next_item, bytes;  // offsets, and the size of all
+  int64_t q_sums, stats, turns, next_item;   // offsets
+  int64_t row_numbers, key_sums, pair_sums;  // of score options
+  int64_t bytes;                             // the size of all
 
-  Workspace(int64_t row_tiles, const BackwardConfig& c) {
+  Workspace(int64_t row_tiles, const BackwardConfig& c, const ScoreGradients& gradients) {
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.chained != 0 ? row_tiles * 8 : 0);
     next_item = take(4);
+    row_numbers = take(gradients.row_numbers() ? row_tiles * kBackwardRows * 8 : 0);
+    key_sums = take(gradients.key_bytes());
+    pair_sums = take(gradients.pair_bytes());
     bytes = used_;
   }
 
@@ -143,10 +167,9 @@ struct Chunks {
   // heaviest first only balances where there is something to sort (causal, S = 8192, B = 4: 525 ->
   // 548 TFLOP/s). With grouped heads items are so heavy that this goes for all (458 -> 530).
   // Chained, blocks of a pair have to run together.
-  Chunks(const Problem& problem, const Gpu& gpu, int64_t key_tiles, bool chained) {
+  Chunks(const Problem& problem, const Gpu& gpu, int64_t pairs, int64_t key_tiles, bool chained) {
     const int64_t group = problem.q_heads / problem.kv_heads;
     const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
-    const int64_t pairs = problem.batch * problem.kv_heads;
     const int64_t enough =
         chained ? 1
                 : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
@@ -203,14 +226,13 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.scale = static_cast<float>(call.scale);
   // S loses lse / scale, so the scale in there must not be 0: one that leaves nothing of any score
   // takes its place. Units of lse's parts: fp16's range then holds every |lse| below 4 million.
+  // (A softcap's tanh is that times the cap; it loses nothing, but rows have their parts.)
   constexpr double kLeastScale = 1.0 / (1 << 22);
-  const double scale =
-      std::abs(call.scale) < kLeastScale ? std::copysign(kLeastScale, call.scale) : call.scale;
+  const double factor = call.scores->softcap > 0 ? call.scores->softcap : call.scale;
+  const double scale = std::abs(factor) < kLeastScale ? std::copysign(kLeastScale, factor) : factor;
   params.scale_log2 = static_cast<float>(scale * kLog2E);
   params.lse_exponent = std::clamp(6 - std::ilogb(scale), -14, 15);
   params.row_tiles = static_cast<int32_t>(row_tiles_of(problem.q_len));
-  params.pairs = static_cast<int32_t>(problem.batch * problem.kv_heads);
-  params.items = checked_count(int64_t{params.pairs} * call.columns.outer_tiles, "key tiles");
   params.columns = call.columns;
   params.rows = call.rows;
   params.program = *call.program;
@@ -225,16 +247,21 @@ plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
   return {c.rows(), c.columns()};
 }
 
-int64_t backward_workspace(const Problem& problem, bool deterministic) {
+int64_t backward_workspace(const Problem& problem, bool deterministic, const ScoreCall& scores) {
   const int64_t tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
-  return Workspace(tiles, variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
-                                  deterministic))
+  return Workspace(
+             tiles,
+             variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns, deterministic),
+             ScoreGradients(scores, problem))
       .bytes;
 }
 
 void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const Problem problem = problem_of_views(call.q, call.k, call.v);
-  if (problem.batch == 0 || problem.q_heads == 0 || problem.kv_heads == 0) return;
+  const ScoreGradients gradients({*call.scores, call.dkey_bias, call.dbias, call.dsink}, problem);
+  if (problem.batch == 0 || problem.q_heads == 0 || problem.kv_heads == 0) {
+    return gradients.write_zeros(ordinal, stream);
+  }
   check_layout(call.q, "q");
   check_layout(call.k, "k");
   check_layout(call.v, "v");
@@ -251,42 +278,63 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
                          : recipe.bits >= 0 ? MaskPath::kRecipe
                                             : MaskPath::kRuns;
   const bool chained = call.deterministic;
-  const BackwardConfig config = variant(problem.head_dim, problem.v_head_dim, half, masks, chained);
+  const BackwardConfig config =
+      variant(problem.head_dim, problem.v_head_dim, half, masks, chained, gradients.features());
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
-  const Kernel& prepare = kernel(kernel_config(kPrepare, config), ordinal);
+  const Kernel& prepare = kernel(kernel_config(kPrepare, config, gradients.row_numbers()), ordinal);
   const Kernel& main = kernel(kernel_config(kMain, config), ordinal);
 
   BackwardParams params = params_of(call, problem, config);
-  const Chunks chunks(problem, gpu(ordinal), call.columns.outer_tiles, chained);
-  params.chunk = static_cast<int32_t>(chunks.size);
-  params.tail = static_cast<int32_t>(chunks.tail);
   char* workspace = static_cast<char*>(call.workspace);
-  const Workspace layout(tiles, config);
+  const Workspace layout(tiles, config, gradients);
   params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
   params.stats = reinterpret_cast<uint16_t*>(workspace + layout.stats);
   params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
   params.next_item = reinterpret_cast<int32_t*>(workspace + layout.next_item);
+  params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
+  params.key_sums = reinterpret_cast<float*>(workspace + layout.key_sums);
+  gradients.set(params, reinterpret_cast<float*>(workspace + layout.pair_sums), call.scale,
+                call.program->key_order != nullptr);
+  const auto clear_counter = [&] {
+    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(params.next_item), 0, 1, stream),
+          "cuMemsetD32Async");
+  };
 
   const Grid row_tiles{static_cast<uint32_t>(tiles)};
   if (tiles > 0) {
     launch(prepare, row_tiles, stream, params);
   } else {
-    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(params.next_item), 0, 1, stream),
-          "cuMemsetD32Async");
+    clear_counter();
   }
-  if (params.items > 0) {
+  gradients.begin(params, ordinal, stream);
+  for (const PairRound& round : gradients.rounds()) {
+    const int64_t key_tiles = call.columns.outer_tiles;
+    const Chunks chunks(problem, gpu(ordinal), round.count, key_tiles, chained);
+    params.chunk = static_cast<int32_t>(chunks.size);
+    params.tail = static_cast<int32_t>(chunks.tail);
+    params.pairs = round.count;
+    params.first_pair = round.first;
+    params.pair_step = round.step;
+    params.items = checked_count(round.count * key_tiles, "key tiles");
+    if (params.items == 0) break;
+    if (round.first > 0) clear_counter();
     const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
     launch(main, {static_cast<uint32_t>(blocks)}, stream, params);
   }
   if (tiles > 0 && config.chained == 0) {
     launch(kernel(kernel_config(kFinish, config), ordinal), row_tiles, stream, params);
   }
+  gradients.end(params, ordinal, stream);
 }
 
 std::vector<KernelConfig> backward_kernels() {
   constexpr int kShipped[][2] = {{64, 64}, {128, 128}, {256, 256}};
+  // Each option by itself and the two sets that have most of them together; others are compiled
+  // when they are first needed.
+  constexpr int32_t kShippedFeatures[] = {
+      kSoftcap, kKeyBias, kBias, kDropout, kSoftcap | kDropout, kSoftcap | kKeyBias | kBias};
   std::vector<KernelConfig> all;
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
@@ -296,7 +344,13 @@ std::vector<KernelConfig> backward_kernels() {
         }
         const BackwardConfig c = variant(depth, value_depth, half, MaskPath::kRuns, chained);
         all.push_back(kernel_config(kPrepare, c));
+        all.push_back(kernel_config(kPrepare, c, true));
         if (!chained) all.push_back(kernel_config(kFinish, c));
+        for (const int32_t features : kShippedFeatures) {
+          if (chained && (features & kDropout) != 0) continue;
+          all.push_back(kernel_config(
+              kMain, variant(depth, value_depth, half, MaskPath::kRuns, chained, features)));
+        }
       }
     }
   }

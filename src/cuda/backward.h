@@ -5,6 +5,7 @@
 
 #include "anymask/types.hpp"
 #include "cuda/kernel.h"
+#include "cuda/score_gradients.h"
 #include "plan/layout.h"
 #include "rules/program.h"
 
@@ -15,8 +16,9 @@ namespace anymask::cuda {
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim);
 
 // Scratch memory of a pass: 4 bytes for every element of q (its depth padded to 64, 128 or 256) and
-// some for every row.
-int64_t backward_workspace(const Problem& problem, bool deterministic);
+// some for every row; for gradients of score options a number a key and query head, or one for
+// every element of a 16-bit bias of pairs that batch entries or heads share.
+int64_t backward_workspace(const Problem& problem, bool deterministic, const ScoreCall& scores);
 
 struct BackwardCall {
   Tensor q, k, v, out, dout;  // [batch, length, heads, depth], f16 or bf16, any sizes; validated
@@ -27,13 +29,15 @@ struct BackwardCall {
   plan::TileMap rows;             // row map in backward_tile_shape; read if deterministic
   plan::TileMap columns;          // column map in backward_tile_shape
   double scale;
+  const ScoreOptions* scores;
+  Tensor dkey_bias, dbias, dsink;  // "none" where not wanted
   bool deterministic;
   void* workspace;  // backward_workspace bytes, nobody else's until the work is done
 };
 
-// Queues the pass on `stream`; writes every element of dq, dk and dv. Never waits for the device;
-// can be captured in a graph. Views that the copy engine cannot read (see layout_problem)
-// throw.
+// Queues the pass on `stream`; writes every element of dq, dk, dv and the gradients of options.
+// Never waits for the device; can be captured in a graph. Views that the copy engine cannot read
+// (see layout_problem) throw.
 void backward(const BackwardCall& call, int ordinal, CuStream stream);
 
 // The variants that a release ships compiled.

@@ -10,6 +10,7 @@
 #include "cuda/gather_keys.h"
 #include "cuda/kernel.h"
 #include "cuda/plan.h"
+#include "cuda/score_gradients.h"
 #include "cuda/top_keys.h"
 
 namespace anymask::cuda {
@@ -17,7 +18,7 @@ namespace anymask::cuda {
 std::vector<KernelConfig> registered_kernels() {
   std::vector<KernelConfig> all;
   for (const auto& list : {plan_kernels(), top_keys_kernels(), gather_keys_kernels(),
-                           forward_kernels(), backward_kernels()})
+                           forward_kernels(), backward_kernels(), score_sum_kernels()})
     all.insert(all.end(), list.begin(), list.end());
   return all;
 }

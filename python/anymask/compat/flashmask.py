@@ -79,7 +79,6 @@ def flashmask_attention(
 
     Raises:
         ValueError, TypeError: naming the argument, what it got and what it needs.
-        NotImplementedError: for dropout while training, on a GPU.
 
     >>> q = k = v = np.ones((1, 4, 2, 8), np.float32)
     >>> ends = np.array([2, 2, 4, 4], np.int32).reshape(1, 1, 4, 1)    # two documents of 2

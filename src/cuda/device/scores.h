@@ -28,10 +28,10 @@ __device__ __forceinline__ const void* numbers_of(const Numbers& numbers, int ba
 
 // A query head's sink times log2(e); -infinity where there is none.
 template <bool kHalf>
-__device__ __forceinline__ float sink_log2(const ScoreParams& scores, int head) {
-  if (scores.sink.data == nullptr) return __uint_as_float(0xff800000u);
+__device__ __forceinline__ float sink_log2(const Numbers& sink, int head) {
+  if (sink.data == nullptr) return __uint_as_float(0xff800000u);
   constexpr float kLog2E = 1.4426950408889634f;
-  return number_at<kHalf>(scores.sink, scores.sink.data, head * scores.sink.head_stride) * kLog2E;
+  return number_at<kHalf>(sink, sink.data, head * sink.head_stride) * kLog2E;
 }
 
 // ---- softcap ------------------------------------------------------------------------------------
@@ -94,6 +94,26 @@ __device__ __forceinline__ rules::Dropout dropout_of(const ScoreParams& scores, 
                                                      int head) {
   return rules::dropout_of(scores.seed_offset[0], scores.seed_offset[1], batch, head,
                            scores.drop_threshold);
+}
+
+// Which of the keys at positions first .. first + 31 `row` drops. `order`: the keys at positions,
+// not null. A word of the pattern for every key that is not in the block of the one before it:
+// slow.
+__device__ __forceinline__ uint32_t dropped_in_order(const rules::Dropout& dropout, int row,
+                                                     const int32_t* order, int first, int kv_len) {
+  uint32_t dropped = 0, word = 0;
+  int block = -1;
+  const int count = rules::min_of(32, kv_len - first);
+#pragma unroll 1
+  for (int i = 0; i < count; ++i) {
+    const int key = order[first + i];
+    if (key / 32 != block) {
+      block = key / 32;
+      word = rules::dropped_keys<rules::ScalarWords>(dropout, row, block);
+    }
+    dropped |= ((word >> (key % 32)) & 1) << i;
+  }
+  return dropped;
 }
 
 }  // namespace anymask::cuda

@@ -64,6 +64,11 @@ __device__ __forceinline__ void add_four(float* to, float a, float b, float c, f
                : "memory");
 }
 
+// Adds to one float, likewise without a reply.
+__device__ __forceinline__ void add_one(float* to, float a) {
+  asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(to), "f"(a) : "memory");
+}
+
 // Four floats that other blocks have added to: from the cache that all of them share.
 __device__ __forceinline__ void load_four(const float* from, float (&to)[4]) {
   asm volatile("ld.global.cg.v4.f32 {%0, %1, %2, %3}, [%4];"

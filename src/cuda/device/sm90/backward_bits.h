@@ -10,6 +10,7 @@
 // for an item, and a word is a few shifts of them. The postfix machine spills.
 #pragma once
 
+#include "cuda/device/sm90/backward_kept.h"
 #include "cuda/device/sm90/backward_schedule.h"
 #include "rules/evaluate.h"
 
@@ -58,6 +59,7 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
                                               int index, int lane) {
   using Shared = BackwardShared<C>;
   Ring<C.bit_slots> slots;
+  KeptPairs<(C.load_registers >= 40)> kept_pairs;
   for (;; slots.next()) {
     shared.request_full[slots.slot].wait(slots.parity);
     const BitRequest& request = shared.requests[slots.slot];
@@ -67,6 +69,15 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
     for (int key = 32 * index + lane; key < C.columns(); key += 32 * Shared::kKeyBitWarps) {
       const int position = request.key_tile * C.columns() + key;
       const bool exists = position < p.kv_len;
+      if constexpr (C.has(kDropout)) {
+        const KeptRequest& kept = shared.kept_requests[slots.slot];
+        kept_pairs.make(p, kept, request.row_tile * kBackwardRows, position - lane, lane,
+                        shared.kept[slots.slot][key]);
+        if (kept.masked == 0) {
+          arrive_bits(shared.bits_full[slots.slot], lane);
+          continue;
+        }
+      }
       if constexpr (C.masks() == MaskPath::kRuns) {
         KeyRuns<C.columns()>& runs = shared.runs[slots.slot];
         if (exists) find_runs(p, request.place, position, runs, key);

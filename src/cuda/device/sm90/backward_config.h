@@ -1,6 +1,7 @@
 // The Hopper backward kernels' variants and their one parameter. Host and device.
 #pragma once
 
+#include "cuda/device/score_params.h"
 #include "cuda/device/sm90/forward_config.h"  // TensorMapBytes, RunRecipe
 #include "plan/layout.h"
 #include "rules/program.h"
@@ -30,7 +31,25 @@ struct BackwardConfig {
   int32_t math_registers;
   int32_t query_registers;  // of the warpgroup that makes dQ
   int32_t load_registers;
+  int32_t features;  // score options: kSoftcap and so on; of prepare: kRowNumbers
 
+  constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
+  // Whether math threads read rows' numbers in float32. A softcap comes between S and lse, and what
+  // dropout takes away between dP and the rows' sums, so products cannot add those any more.
+  constexpr bool reads_rows() const { return has(kSoftcap | kDropout); }
+  // What a step puts aside until dP is there: a softcap's derivative, P with nothing dropped. With
+  // 64 columns of dK and dV a thread has registers for it; up to 128 the place where dK and dV
+  // leave serves for one of them.
+  constexpr bool puts_aside_in_registers() const {
+    return has(kSoftcap) != has(kDropout) && wide == 0 && depth + value_depth <= 128;
+  }
+  // Math threads that make dS.
+  constexpr int slope_threads() const { return wide != 0 ? 128 : 128 * kBackwardWarpgroups; }
+  constexpr int aside_places() const {
+    const int pieces = (has(kSoftcap) ? 1 : 0) + (has(kDropout) ? 1 : 0);
+    if (puts_aside_in_registers()) return 0;
+    return wide != 0 || pieces == 0 ? pieces : pieces - 1;
+  }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr int rows() const { return kBackwardRows; }
   constexpr int columns() const { return wide != 0 ? 64 : 128; }
@@ -53,8 +72,30 @@ struct BackwardConfig {
            (keys + kBackwardRows * o_stages) * value_depth * 2 +
            (slope_slots + wide) * keys * kBackwardRows * 2 + q_stages * kBackwardRows * 16 +
            (wide != 0 ? 0 : keys * 128) +
-           keys * (masks() == MaskPath::kRuns ? 8 + bit_slots * 24 : bit_slots * 8 + 24) + 3072;
+           keys * (masks() == MaskPath::kRuns ? 8 + bit_slots * 24 : bit_slots * 8 + 24) +
+           option_bytes() + 3072;
   }
+  // What score options add: rows' numbers, kept pairs, keys' biases and sums, what is put aside.
+  constexpr int option_bytes() const {
+    const int keys = columns();
+    return (reads_rows() ? q_stages * kBackwardRows * 8 : 0) +
+           (has(kDropout) ? bit_slots * keys * 8 : 0) +
+           (has(kKeyBias) ? keys * 12 + slope_threads() * 8 : 0) +
+           aside_places() * keys * kBackwardRows * 2;
+  }
+};
+
+// Of prepare: it leaves the rows' numbers in float32 too.
+inline constexpr int32_t kRowNumbers = 1;
+
+// The gradient of a bias of pairs: of q's type, or float32, which is added to. The last dimension
+// is contiguous; strides in elements, 0 where one entry serves all.
+struct BiasGradient {
+  void* data;  // null: not wanted
+  int64_t batch_stride;
+  int64_t head_stride;
+  int64_t row_stride;
+  int32_t wide;  // 1: float32
 };
 
 // Everything that the three kernels of a backward pass read. Strides are in elements, and the last
@@ -110,7 +151,22 @@ struct BackwardParams {
   plan::TileMap rows;     // outer: row tiles; chained only
   RunRecipe recipe;
   rules::Program program;
+
+  // Score options. A bias that has one row for all queries is one of keys.
+  ScoreParams scores;
+  Numbers column_bias;  // by batch, head, key: added to scores.key_bias
+  BiasGradient bias_grad;
+  float* row_numbers;  // [row tile][2][64]: kLseOfRow, kSumOfRow
+  float* key_sums;     // [batch][q_heads][kv_len], of the logits' gradients; null: not wanted
+  // With a bias of pairs, the launch's pairs are first_pair + i * pair_step.
+  int32_t first_pair;
+  int32_t pair_step;
 };
+
+// What is known of a query row in float32: lse times log2(e), +infinity for rows that see nothing
+// or do not exist; rowsum(dO O) - dlse.
+inline constexpr int kLseOfRow = 0;
+inline constexpr int kSumOfRow = 1;
 
 // What is known of a query row before the pass, as eight 16-bit numbers: -lse / scale in three
 // parts and -rowsum(dO O) in four. A product with constants adds them to S and dP, which costs the

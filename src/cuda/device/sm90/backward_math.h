@@ -11,6 +11,7 @@
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
+#include "cuda/device/sm90/backward_scores.h"
 #include "cuda/device/sm90/backward_store.h"
 
 namespace anymask::cuda {
@@ -39,6 +40,7 @@ struct BackwardMath {
   Ring<C.bit_slots> bit_ring;
   uint32_t v_parity = 0;  // of v_full
   int run_slot = -1;      // where the runs of the item's keys are
+  ScoreOptionsOfThread<C> options{p, shared, 64 * w + 16 * warp + lane / 4, lane};
 
   // One arrival a warp.
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
@@ -72,7 +74,10 @@ struct BackwardMath {
       ScoreProduct::product_ss(to, ptx::descriptor(a + (slab * kKeySlabBytes + offset) / 16),
                                ptx::descriptor(b + (slab * kRowSlabBytes + offset) / 16), i > 0);
     }
-    add_stats<kHalf>(to, shared.units[units], (2 - units) * 128, shared.stats[stage]);
+    // Where math threads do not come before them.
+    if (units == 0 ? !C.has(kSoftcap) : !C.has(kDropout)) {
+      add_stats<kHalf>(to, shared.units[units], (2 - units) * 128, shared.stats[stage]);
+    }
     ptx::wgmma_commit();
   }
 
@@ -116,13 +121,21 @@ struct BackwardMath {
                                                uint32_t (&weights)[kPieceValues / 2]) {
     const BackwardStep& step = shared.steps[stage];
     const int partial = ptx::uniform(step.partial);
-    weights_from_scores(scores, p.scale_log2);
+    if constexpr (C.features == 0) {
+      weights_from_scores(scores, p.scale_log2);
+    } else {
+      options.template begin_step<true, true>(stage);
+      options.weigh(scores, stage);
+      if constexpr (C.has(kDropout)) shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+    }
     if (partial != 0) {
       uint32_t words[2][2];
       const int key = 64 * w + 16 * warp + lane / 4;
       if constexpr (C.masks() == MaskPath::kRuns) {
         if (partial == 2) take_runs();
         words_of_runs(p, shared.runs[run_slot], key, lane % 4, step.first_row, words);
+      } else if constexpr (C.has(kDropout)) {
+        read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
       } else {
         shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
         read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
@@ -131,6 +144,7 @@ struct BackwardMath {
       }
       hide(scores, words);
     }
+    options.drop(scores, bit_ring.slot);
 #pragma unroll
     for (int i = 0; i < kPieceValues; i += 2) {
       weights[i / 2] = pack_pair<kHalf>(scores[i], scores[i + 1]);
@@ -140,7 +154,15 @@ struct BackwardMath {
   // P in float32 would take 32 registers more; it comes back from its packed form.
   __device__ __forceinline__ void make_slopes(const float (&weight_grads)[kPieceValues],
                                               const uint32_t (&weights)[kPieceValues / 2],
-                                              uint32_t (&slopes)[kPieceValues / 2]) {
+                                              int stage, uint32_t (&slopes)[kPieceValues / 2]) {
+    if constexpr (C.features != 0) {
+      options.differentiate(weight_grads, weights, stage, bit_ring.slot, slopes);
+      if constexpr (C.has(kDropout)) {
+        arrive(shared.bits_empty[bit_ring.slot]);
+        bit_ring.next();
+      }
+      return;
+    }
     const auto weight = [&](int i) {
       return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2]) : ptx::high_of<kHalf>(weights[i / 2]);
     };
@@ -199,7 +221,8 @@ struct BackwardMath {
                                                const float (&v_grad)[C.value_depth / 2]) {
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
                    item.kv_head * p.v_grad_head_stride;
-    store_grad<C.value_depth>(item, v_grad, 1.0f, p.v_grad_map, to, p.v_grad_row_stride,
+    const float scale = C.has(kDropout) ? p.scores.keep_scale : 1.0f;
+    store_grad<C.value_depth>(item, v_grad, scale, p.v_grad_map, to, p.v_grad_row_stride,
                               p.value_depth);
   }
 
@@ -239,7 +262,7 @@ struct BackwardMath {
     if constexpr (!kMore) arrive(shared.v_empty);
     arrive(shared.out_grad_empty[o_ring.slot]);
     o_ring.next();
-    make_slopes(piece, weights, slopes);
+    make_slopes(piece, weights, now, slopes);
     publish_slopes(slopes);
     if constexpr (kMore) shared.q_full[q_ring.slot].wait(q_ring.parity);
     take_turn();
@@ -256,15 +279,32 @@ struct BackwardMath {
     }
   }
 
+  __device__ __forceinline__ void begin_options() {
+    if constexpr (C.has(kSoftcap | kDropout) && !C.puts_aside_in_registers()) {
+      // Where dK and dV leave; dK of the item before may still be on its way.
+      if (lane == 0) ptx::bulk_wait_read<0>();
+      __syncwarp();
+      const int at = kMathWarps * w + warp;
+      options.slopes.lie_at(shared.grads[at], lane);
+      if constexpr (C.aside_places() == 0) {
+        options.weights.lie_at(shared.grads[at], lane);
+      } else {
+        options.weights.lie_at(shared.aside[0][at], lane);
+      }
+    }
+  }
+
   __device__ __forceinline__ void all_steps(const BackwardItem& item, float (&piece)[kPieceValues],
                                             float (&k_grad)[C.depth / 2],
                                             float (&v_grad)[C.value_depth / 2]) {
+    begin_options();
     // The last step is a copy of its own: a product issued under an `if` makes the compiler
     // serialise them all (C7514).
 #pragma unroll 1
     for (int t = 1; t < item.steps; ++t) one_step<true>(piece, k_grad, v_grad);
     const int last = q_ring.slot;
     one_step<false>(piece, k_grad, v_grad);
+    options.end_head();
     arrive(shared.k_empty[k_ring.slot]);
     k_ring.next();
     store_v_grad(item, v_grad);

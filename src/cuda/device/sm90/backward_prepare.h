@@ -128,6 +128,12 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     const bool sees = lse > -infinity;
     if (sees && p.lse_grad != nullptr) sum -= p.lse_grad[at];
     store_stats<C.half != 0>(p, stats + in_tile * kRowStats, sees, lse, sees ? sum : 0.0f);
+    if constexpr (C.has(kRowNumbers)) {
+      constexpr float kLog2E = 1.4426950408889634f;
+      float* numbers = p.row_numbers + row_tile * (2 * kBackwardRows) + in_tile;
+      numbers[kLseOfRow * kBackwardRows] = sees ? lse * kLog2E : infinity;
+      numbers[kSumOfRow * kBackwardRows] = sees ? sum : 0.0f;
+    }
   }
 }
 

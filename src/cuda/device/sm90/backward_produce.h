@@ -21,9 +21,10 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   Ring<C.k_stages> k_ring;
   uint32_t v_parity = 1;  // of v_empty
   // A slot is free when the math warps have read its bits.
-  auto ask_for_bits = [&](const BitRequest& request) {
+  auto ask_for_bits = [&](const BitRequest& request, const KeptRequest& kept) {
     shared.bits_empty[bit_ring.slot].wait(bit_ring.parity ^ 1);
     if (lane == 0) {
+      if constexpr (C.has(kDropout)) shared.kept_requests[bit_ring.slot] = kept;
       shared.requests[bit_ring.slot] = request;
       shared.request_full[bit_ring.slot].arrive();
     }
@@ -37,8 +38,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       full.arrive_expect(Shared::kKBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kSlabs; ++slab) {
-        ptx::load_box(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
-                      item.key_tile * C.columns(), item.kv_head, item.batch);
+        ptx::load_box_once(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
+                           item.key_tile * C.columns(), item.kv_head, item.batch);
       }
     }
     k_ring.next();
@@ -50,8 +51,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       shared.v_full.arrive_expect(Shared::kVBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
-        ptx::load_box(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns,
-                      item.key_tile * C.columns(), item.kv_head, item.batch);
+        ptx::load_box_once(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns,
+                           item.key_tile * C.columns(), item.kv_head, item.batch);
       }
     }
   };
@@ -76,22 +77,28 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     for (int i = 0; i < p.group_heads; ++i) {
       const int head = item.kv_head * p.group_heads + i;
       bool fresh = true;
+      int begins = first ? StepPlace::kFirstHead : StepPlace::kNextHead;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
       const auto visit = [&](const RowTile& visited) {
         const int row = visited.tile * kBackwardRows;
         BackwardStep step = {first_tile + visited.tile, row, 0, visited.turn,
                              visited.last ? head : -1};
-        if (visited.partial != 0) {
-          step.partial = fresh ? 2 : 1;
+        if (C.has(kDropout) || visited.partial != 0) {  // dropout: pairs are kept in every tile
+          step.partial = visited.partial == 0 ? 0 : fresh ? 2 : 1;
           if (fresh || C.masks() != MaskPath::kRuns) {
-            ask_for_bits({item.key_tile, visited.tile, mask_place(p, item.batch, head), fresh});
+            ask_for_bits({item.key_tile, visited.tile, mask_place(p, item.batch, head), fresh},
+                         {item.batch, head, step.partial});
           }
-          fresh = false;
+          if (!C.has(kDropout) || visited.partial != 0) fresh = false;
         }
         shared.q_empty[q_ring.slot].wait(q_ring.parity ^ 1);
         if (lane == 0) {
           ptx::Barrier& full = shared.q_full[q_ring.slot];
           shared.steps[q_ring.slot] = step;
+          if constexpr (Shared::kPlaced) {
+            shared.step_places[q_ring.slot] = {head, item.batch, item.key_tile, begins};
+            begins = 0;
+          }
           if constexpr (C.wide == 0) shared.sent[sent_ring.slot] = step;
           if constexpr (Shared::kWaitsForTurns) shared.sent_full[sent_ring.slot].arrive();
           full.arrive_expect(Shared::kQBytes);
@@ -104,6 +111,12 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
               shared.stats[q_ring.slot],
               p.stats + static_cast<int64_t>(step.row_tile) * (kBackwardRows * kRowStats),
               Shared::kStatBytes, full);
+          if constexpr (C.reads_rows()) {
+            ptx::load_bytes(
+                shared.row_numbers[q_ring.slot],
+                p.row_numbers + static_cast<int64_t>(step.row_tile) * (2 * kBackwardRows),
+                Shared::kNumberBytes, full);
+          }
         }
         q_ring.next();
         sent_ring.next();
@@ -139,7 +152,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     if (C.chained != 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
   }
-  ask_for_bits({0, -1, {0, 0}, 0});
+  ask_for_bits({0, -1, {0, 0}, 0}, {0, 0, 0});
 }
 
 }  // namespace anymask::cuda

@@ -31,7 +31,8 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   const int pairs = first_pair < before_tail ? p.chunk : p.tail;
   const int rest = index - first_pair * tiles;
   const int rank = rest / pairs;
-  const int pair = first_pair + rest - rank * pairs;
+  int pair = first_pair + rest - rank * pairs;
+  if constexpr (C.has(kBias)) pair = p.first_pair + pair * p.pair_step;
   BackwardItem item;
   item.batch = pair / p.kv_heads;
   item.kv_head = pair - item.batch * p.kv_heads;

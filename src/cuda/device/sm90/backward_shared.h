@@ -33,6 +33,23 @@ struct BitRequest {
   int32_t fresh;  // the key tile or the place is another than in the request before
 };
 
+// Whose scores a step has, where options ask for it.
+struct StepPlace {
+  static constexpr int kFirstHead = 1, kNextHead = 2;
+  int32_t head;
+  int32_t batch;
+  int32_t key_tile;
+  int32_t begins;  // the item's first head, or another one; 0: as the step before
+};
+
+// With dropout: the pairs that the request in the same slot is about, and whether it wants mask
+// bits too.
+struct KeptRequest {
+  int32_t batch;
+  int32_t head;
+  int32_t masked;
+};
+
 // The rows that see each key under a recipe: [0] <= row < [1], less [2] <= row < [3], [4] <= row <
 // [5].
 template <int kKeys>
@@ -94,6 +111,23 @@ struct BackwardShared {
   BitRequest requests[C.bit_slots];
   BackwardItem items[kItemSlots];
 
+  // Score options, hardly anything where a variant has none; last, so that nothing else moves.
+  static constexpr bool kDrops = C.has(kDropout);
+  static constexpr int kAsideBytes = C.aside_places() > 0 ? 16 * 128 : 16;  // of a warp
+  static constexpr bool kBiased = C.has(kKeyBias);
+  static constexpr bool kPlaced = C.has(kKeyBias | kBias);
+  alignas(16) StepPlace step_places[kPlaced ? C.q_stages : 1];
+  KeptRequest kept_requests[kDrops ? C.bit_slots : 1];
+  alignas(16) float row_numbers[C.reads_rows() ? C.q_stages : 1]
+                               [C.reads_rows() ? 2 * kBackwardRows : 4];
+  alignas(16) uint32_t kept[kDrops ? C.bit_slots : 1][kDrops ? kColumns : 1][2];  // as bits
+  float key_bias[kBiased ? kColumns : 1];  // as exp2 takes them
+  // Of each key, where its sum goes (or null), and of each thread that makes slopes its two keys'.
+  float* key_sum_places[kBiased ? kColumns : 1];
+  float2 key_sums[kBiased ? C.slope_threads() : 1];
+  alignas(16) uint8_t aside[C.aside_places() > 0 ? C.aside_places() : 1]
+                           [C.aside_places() > 0 ? kColumns / 16 : 1][kAsideBytes];
+
   static constexpr int kMathArrivals = kMathWarps * kBackwardWarpgroups;
   // Who reads K and the list of items: the warpgroup that makes dQ too.
   static constexpr int kAllArrivals = kMathArrivals + (C.wide != 0 ? 0 : kMathWarps);
@@ -106,7 +140,8 @@ struct BackwardShared {
   static constexpr uint32_t kKBytes = kColumns * C.depth * 2;
   static constexpr uint32_t kVBytes = kColumns * C.value_depth * 2;
   static constexpr uint32_t kStatBytes = kBackwardRows * kRowStats * 2;
-  static constexpr uint32_t kQBytes = kBackwardRows * C.depth * 2 + kStatBytes;
+  static constexpr uint32_t kNumberBytes = C.reads_rows() ? 2 * kBackwardRows * 4 : 0;
+  static constexpr uint32_t kQBytes = kBackwardRows * C.depth * 2 + kStatBytes + kNumberBytes;
   static constexpr uint32_t kOutGradBytes = kBackwardRows * C.value_depth * 2;
 
   // The 16-bit pattern of 2^exponent, -14 <= exponent <= 15.
@@ -156,7 +191,7 @@ struct BackwardShared {
     for (int s = 0; s < C.bit_slots; ++s) {
       request_full[s].init(1);
       bits_full[s].init(kColumns / 32);
-      bits_empty[s].init(C.wide != 0 ? kMathWarps : kMathArrivals);
+      bits_empty[s].init(C.wide != 0 && !kDrops ? kMathWarps : kMathArrivals);
     }
     for (int s = 0; s < kItemSlots; ++s) {
       item_full[s].init(1);

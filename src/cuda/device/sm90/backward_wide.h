@@ -10,6 +10,7 @@
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
+#include "cuda/device/sm90/backward_scores.h"
 #include "cuda/device/sm90/backward_store.h"
 #include "cuda/device/sm90/backward_sums.h"
 
@@ -39,6 +40,8 @@ struct BackwardWide {
   uint32_t kv_parity = 0;
   uint32_t weights_parity = 1;  // of weights_empty
   int run_slot = -1;            // where the runs of the item's keys are
+  // Warpgroup 1 has the logits' gradients. What 0 puts aside is for the same thread of 1.
+  ScoreOptionsOfThread<C> options{p, shared, 16 * warp + lane / 4, lane};
 
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
     __syncwarp();
@@ -63,7 +66,12 @@ struct BackwardWide {
       ScoreProduct::product_ss(piece, ptx::descriptor(a + offset), ptx::descriptor(b + offset),
                                i > 0);
     }
-    add_stats<kHalf>(piece, shared.units[w], (2 - w) * 128, shared.stats[q_ring.slot]);
+    if constexpr (!C.reads_rows()) {
+      add_stats<kHalf>(piece, shared.units[w], (2 - w) * 128, shared.stats[q_ring.slot]);
+    } else {  // nothing where math threads come before them: zeros
+      const int units = (w == 0 ? C.has(kSoftcap) : C.has(kDropout)) ? 2 : w;
+      add_stats<kHalf>(piece, shared.units[units], (2 - units) * 128, shared.stats[q_ring.slot]);
+    }
     ptx::wgmma_commit();
   }
 
@@ -105,15 +113,23 @@ struct BackwardWide {
     bit_ring.next();
   }
 
-  __device__ __forceinline__ void publish_weights(const BackwardStep& step,
+  __device__ __forceinline__ void publish_weights(const BackwardStep& step, int stage,
                                                   float (&piece)[kPieceValues]) {
-    weights_from_scores(piece, p.scale_log2);
+    if constexpr (C.features == 0) {
+      weights_from_scores(piece, p.scale_log2);
+    } else {
+      options.template begin_step<true, false>(stage);
+      options.weigh(piece, stage);
+      if constexpr (C.has(kDropout)) shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+    }
     if (step.partial != 0) {
       uint32_t words[2][2];
       const int key = 16 * warp + lane / 4;
       if constexpr (C.masks() == MaskPath::kRuns) {
         if (step.partial == 2) take_runs();
         words_of_runs(p, shared.runs[run_slot], key, lane % 4, step.first_row, words);
+      } else if constexpr (C.has(kDropout)) {
+        read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
       } else {
         shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
         read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
@@ -121,6 +137,11 @@ struct BackwardWide {
         bit_ring.next();
       }
       hide(piece, words);
+    }
+    if constexpr (C.has(kDropout)) {
+      options.drop(piece, bit_ring.slot);
+      arrive(shared.bits_empty[bit_ring.slot]);
+      bit_ring.next();
     }
     uint32_t packed[kPieceValues / 2];
 #pragma unroll
@@ -133,16 +154,26 @@ struct BackwardWide {
     ptx::fence_async_shared();
   }
 
-  __device__ __forceinline__ void publish_slopes(const float (&piece)[kPieceValues]) {
+  __device__ __forceinline__ void publish_slopes(const float (&piece)[kPieceValues], int stage) {
     uint32_t weights[kPieceValues / 2], slopes[kPieceValues / 2];
     load_fragments(fragment_address(shared.weights, 16 * warp, lane), weights);
-    pack_slopes<kHalf>(
-        piece,
-        [&](int i) {
-          return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2])
-                            : ptx::high_of<kHalf>(weights[i / 2]);
-        },
-        slopes);
+    if constexpr (C.features == 0) {
+      pack_slopes<kHalf>(
+          piece,
+          [&](int i) {
+            return i % 2 == 0 ? ptx::low_of<kHalf>(weights[i / 2])
+                              : ptx::high_of<kHalf>(weights[i / 2]);
+          },
+          slopes);
+    } else {
+      options.template begin_step<false, true>(stage);
+      if constexpr (C.has(kDropout)) shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
+      options.differentiate(piece, weights, stage, bit_ring.slot, slopes);
+      if constexpr (C.has(kDropout)) {
+        arrive(shared.bits_empty[bit_ring.slot]);
+        bit_ring.next();
+      }
+    }
     store_fragments(fragment_address(shared.slopes[0], 16 * warp, lane), slopes);
     ptx::fence_async_shared();
   }
@@ -168,10 +199,10 @@ struct BackwardWide {
     ptx::pin(piece);
     ptx::pin(k_grad);
     ptx::pin(v_grad);
-    if (w == 0) publish_weights(step, piece);
+    if (w == 0) publish_weights(step, q_slot, piece);
     ptx::named_sync(kWeightsBarrier, 128 * kBackwardWarpgroups);
     issue_grad(v_grad, shared.weights, shared.out_grad[o_slot]);
-    if (w == 1) publish_slopes(piece);
+    if (w == 1) publish_slopes(piece, q_slot);
     ptx::named_sync(kSlopesBarrier, 128 * kBackwardWarpgroups);
 
     float q_grad[kPart / 2];
@@ -196,6 +227,13 @@ struct BackwardWide {
     arrive(shared.q_empty[q_slot]);
   }
 
+  __device__ __forceinline__ void begin_options() {
+    if constexpr (C.has(kSoftcap)) options.slopes.lie_at(shared.aside[0][warp], lane);
+    if constexpr (C.has(kDropout)) {
+      options.weights.lie_at(shared.aside[C.aside_places() - 1][warp], lane);
+    }
+  }
+
   __device__ __forceinline__ void all_steps(const BackwardItem& item, QuerySums<C>& sums,
                                             float (&k_grad)[kPart / 2],
                                             float (&v_grad)[kPart / 2]) {
@@ -204,9 +242,11 @@ struct BackwardWide {
     shared.v_full.wait(kv_parity);
     kv_parity ^= 1;
     issue_piece(piece);
+    begin_options();
 #pragma unroll 1
     for (int t = 1; t < item.steps; ++t) one_step<true>(item, sums, piece, k_grad, v_grad);
     one_step<false>(item, sums, piece, k_grad, v_grad);
+    if (w == 1) options.end_head();
     sums.settle();
     arrive(shared.k_empty[0]);
     arrive(shared.v_empty);
@@ -218,8 +258,8 @@ struct BackwardWide {
     const int32_t* order = key_order(p, item);
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
                    item.kv_head * p.v_grad_head_stride + w * kPart;
-    store_rows<kHalf>(v_grad, 1.0f, to, p.v_grad_row_stride, order, first, p.kv_len,
-                      p.value_depth - w * kPart, warp, lane);
+    store_rows<kHalf>(v_grad, C.has(kDropout) ? p.scores.keep_scale : 1.0f, to, p.v_grad_row_stride,
+                      order, first, p.kv_len, p.value_depth - w * kPart, warp, lane);
     to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
          item.kv_head * p.k_grad_head_stride + w * kPart;
     store_rows<kHalf>(k_grad, p.scale, to, p.k_grad_row_stride, order, first, p.kv_len,

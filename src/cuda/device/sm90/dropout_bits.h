@@ -10,27 +10,7 @@
 
 namespace anymask::cuda {
 
-// Which of the keys at positions first .. first + 31 `row` drops. `order`: the keys at positions,
-// not null. A word of the pattern for every key that is not in the block of the one before it:
-// slow.
-__device__ __forceinline__ uint32_t dropped_in_order(const rules::Dropout& dropout, int row,
-                                                     const int32_t* order, int first, int kv_len) {
-  uint32_t dropped = 0, word = 0;
-  int block = -1;
-  const int count = rules::min_of(32, kv_len - first);
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const int key = order[first + i];
-    if (key / 32 != block) {
-      block = key / 32;
-      word = rules::dropped_keys<rules::ScalarWords>(dropout, row, block);
-    }
-    dropped |= ((word >> (key % 32)) & 1) << i;
-  }
-  return dropped;
-}
-
-// The same for kWords times 32 positions of a tile of kColumns.
+// Which of kWords times 32 positions of a tile of kColumns `row` drops; see dropped_in_order.
 template <int kColumns, int kWords>
 __device__ __forceinline__ void dropped_words(const rules::Dropout& dropout, int row,
                                               const int32_t* order, int first, int kv_len,

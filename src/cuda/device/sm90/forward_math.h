@@ -349,7 +349,7 @@ struct MathWarp {
 
   __device__ __forceinline__ void store(const Item& item, int first_row) {
     const int q = lane % 4;
-    const float sink = sink_log2<C.half != 0>(p.scores, item.head);
+    const float sink = sink_log2<C.half != 0>(p.scores.sink, item.head);
     float inverse[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
