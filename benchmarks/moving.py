@@ -234,9 +234,12 @@ def page_text(page: str, documents: list[dict[str, Any]]) -> str:
             if row["page"] == page:
                 name = f"{where(document)}; {sizes_of(document)}"
                 lines.append(f"| {name} | " + " | ".join(cells(row)) + " |")
-    if not any(document["gpu"] for document in documents):
-        empty = " | ".join("-" for _ in HEADINGS)
-        lines.append(f"| a GPU: not measured yet (`python benchmarks/moving.py`) | {empty} |")
+    for name, wanted, option in (("a CPU", False, ""), ("a GPU", True, " --device cuda")):
+        if not any(bool(document["gpu"]) == wanted for document in documents):
+            empty = " | ".join("-" for _ in HEADINGS)
+            lines.append(
+                f"| {name}: not measured yet (`python benchmarks/moving.py{option}`) | {empty} |"
+            )
     if page == "flashmask":
         text = textwrap.fill(against_flashmask(), WIDTH, break_long_words=False)
         lines += ["", text]
@@ -275,7 +278,7 @@ def write_pages(paths: list[Path], folder: Path) -> None:
 
 def main() -> int:
     options = parse()
-    if options.saved:
+    if options.saved is not None:
         write_pages(options.saved, ROOT / "docs" / "moving")
         return 0
     if options.device == "cpu":
@@ -330,7 +333,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="times each is measured")
     parser.add_argument("--budget", type=float, help="seconds a page and pass: 20, or 2 on cuda")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--from", dest="saved", type=Path, nargs="+", metavar="JSON",
+    parser.add_argument("--from", dest="saved", type=Path, nargs="*", metavar="JSON",
                         help="measure nothing: write these figures into docs/moving")  # fmt: skip
     options = parser.parse_args(arguments)
     cuda = options.device == "cuda"

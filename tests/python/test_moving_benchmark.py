@@ -53,7 +53,7 @@ def test_figures_and_pages(benchmark, monkeypatch, tmp_path, dtype):
     benchmark.write_pages([path], tmp_path)
     text = (tmp_path / "custom_masks.md").read_text()
     assert "| Some GPU, torch 2.0; S=160" in text and "| 3 | 1024 |" in text
-    assert "not measured" not in text
+    assert "a GPU: not measured" not in text and "a CPU: not measured" in text
     (tmp_path / "flashmask.md").write_text("no marks")
     with pytest.raises(SystemExit, match=r"flashmask\.md: has no <!-- measured -->"):
         benchmark.write_pages([path], tmp_path)
