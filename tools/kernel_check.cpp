@@ -4,10 +4,12 @@
 // compiles each embedded header by itself.
 //
 //   kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only TEXT] [--verbose]
+//   kernel_check --shipped FOLDER
 //
 // --libraries: a folder to find NVRTC in, such as site-packages (also: ANYMASK_NVRTC).
 // --ship: put the compiled kernels there, as the cache layer that goes into the package.
 // --only: no headers, and of the kernels those whose title begins with this: "backward<1, 128".
+// --shipped: compile nothing; ask for every kernel as a call does, and fail unless each is there.
 #include <cstdio>
 #include <exception>
 #include <mutex>
@@ -27,6 +29,7 @@ constexpr int kCapability = 90;
 
 struct Options {
   std::string ship;
+  std::string shipped;
   std::string only;
   bool verbose = false;
 };
@@ -97,6 +100,29 @@ int check_kernels(const Options& options) {
   return failures;
 }
 
+// A kernel that the layer lacks would be compiled: where no NVRTC can be found, that is an error.
+int check_shipped(const std::string& folder) {
+  set_package_cache(folder);
+  if (compiler_problem().empty()) {
+    std::printf("--shipped: NVRTC was found; set ANYMASK_NVRTC to a path that does not exist\n");
+    return 1;
+  }
+  int failures = 0;
+  size_t bytes = 0;
+  const std::vector<KernelConfig> all = registered_kernels();
+  for (const KernelConfig& config : all) {
+    try {
+      bytes += kernel_code(config, kCapability).code.cubin.size();
+    } catch (const std::exception& error) {
+      std::printf("%s: %s\n", kernel_title(config).c_str(), error.what());
+      ++failures;
+    }
+  }
+  std::printf("%zu kernels, %zu bytes of machine code, %d missing from %s\n", all.size(), bytes,
+              failures, folder.c_str());
+  return failures == 0 ? 0 : 1;
+}
+
 int run(int argc, char** argv) {
   Options options;
   for (int i = 1; i < argc; ++i) {
@@ -107,15 +133,19 @@ int run(int argc, char** argv) {
       add_library_folder(argv[++i]);
     } else if (argument == "--ship" && i + 1 < argc) {
       options.ship = argv[++i];
+    } else if (argument == "--shipped" && i + 1 < argc) {
+      options.shipped = argv[++i];
     } else if (argument == "--only" && i + 1 < argc) {
       options.only = argv[++i];
     } else {
       std::fprintf(stderr,
                    "usage: kernel_check [--libraries FOLDER]... [--ship FOLDER] [--only TEXT] "
-                   "[--verbose]\n");
+                   "[--verbose]\n"
+                   "       kernel_check --shipped FOLDER\n");
       return 2;
     }
   }
+  if (!options.shipped.empty()) return check_shipped(options.shipped);
   const CompilerInfo compiler = compiler_info();
   std::printf("NVRTC %d.%d, %s\n", compiler.version / 1000, compiler.version % 1000,
               compiler.path.c_str());

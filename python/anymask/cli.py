@@ -214,12 +214,9 @@ def _cuda(found: dict[str, Any]) -> list[tuple[str, str]]:
     for name, title in (("package_cache", "shipped kernels"), ("user_cache", "kernel cache")):
         cache = found.get(name) or {}
         if cache.get("path"):
-            rows.append(
-                (
-                    title,
-                    f"{cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB, {cache['path']}",
-                )
-            )
+            of_all = f" of {found['kernels']}" if name == "package_cache" else ""
+            size = f"{cache['files']}{of_all} files, {cache['bytes'] / 2**20:.1f} MiB"
+            rows.append((title, f"{size}, {cache['path']}"))
     return rows
 
 

@@ -67,7 +67,7 @@ def test_signatures():
     expected = {
         "flashmask_attention": "query key value startend_row_indices dropout causal window_size "
         "return_softmax_lse return_seed_offset fixed_seed_offset rng_name training name "
-        "softmax_scale block_mask",
+        "softmax_scale block_mask learnable_sink",
         "apply_dynamic_mask_attention": "query key value dt_proj A causal_mask keep_window_size "
         "is_causal scale score",
         "flash_attention_custom_mask": "q k v mask sm_scale",

@@ -8,6 +8,7 @@ import anymask as am
 import numpy as np
 import pytest
 import reference
+import reference_scores
 import torch
 from checks import assert_close, naive, per_head, poisoned
 from hypothesis import given
@@ -261,6 +262,25 @@ def test_gradients_under_dropout():
     grads = torch.autograd.grad(out.sin().sum(), leaves)
     for a, b in zip(grads, torch.autograd.grad(same.sin().sum(), leaves)):
         assert torch.equal(a, b)
+
+
+def test_a_sink():
+    """The same as one more key of score `sink` and value 0, in both passes."""
+    rng = np.random.default_rng(17)
+    indices = random_indices(rng, 2, 2, (90, 90), 1)
+    allowed = per_head(reference.intervals(indices.numpy(), True, 90), 2, 4, 90, 90)
+    leaves = [x.requires_grad_() for x in draw_qkv(rng, 2, (90, 90), (4, 2), 16, "float64")]
+    sink = torch.from_numpy(rng.standard_normal(4)).requires_grad_()
+    got = call(startend_row_indices=indices, causal=True, learnable_sink=sink)(
+        *leaves, return_softmax_lse=True
+    )
+    expected = reference_scores.attention(*leaves, allowed, sink=sink)
+    for mine, theirs in zip(got, expected):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-9)
+    dout = torch.randn_like(got[0])
+    gradients = [torch.autograd.grad(x[0], [*leaves, sink], dout) for x in (got, expected)]
+    for mine, theirs in zip(*gradients):
+        torch.testing.assert_close(mine, theirs, atol=1e-11, rtol=1e-9)
 
 
 def test_numpy_masks():

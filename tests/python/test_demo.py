@@ -113,11 +113,92 @@ def test_from_start_to_report(tmp_path, capsys, child_finds_package):
         assert run["peak_bytes"] > 0
     assert figures["largest_loss_difference"] < 1e-4
     assert figures["config"]["seed"] == 5
+    assert figures["facts"]["trained on"].startswith("the CPU: ")
+    assert "on the CPU in float32" in " ".join(printed.split())
 
     page = Page((folder / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
     assert page.svgs == 7
     assert all(reference.startswith("data:") for reference in page.references)
+
+
+def test_lower_precision(child_finds_package):
+    """What a GPU trains in: bfloat16 under autocast, on this CPU."""
+    from anymask.demo import train
+    from anymask.demo.config import TINY
+
+    losses = {}
+    for name in ("torch", "anymask"):
+        config = TINY.but(implementation=name, dtype="bfloat16", steps=3, batch=2, sample=8)
+        *steps, last = train.train(config)
+        losses[name] = [step["loss"] for step in steps]
+        assert len(last["result"]["sample"]) == 4 + 8
+    assert losses["torch"] == pytest.approx(losses["anymask"], abs=0.02)
+    assert losses["torch"] != losses["anymask"]
+
+
+# ---- the device ---------------------------------------------------------------------------------
+
+
+def chosen(monkeypatch, problem, *arguments):
+    """(config, what was printed) on a machine with that problem; "" for a GPU that works."""
+    import io
+
+    from anymask.demo import command
+    from rich.console import Console
+
+    monkeypatch.setattr(command, "_cuda_problem", lambda: problem)
+    console = Console(file=io.StringIO(), width=200)
+    config = command._choose(command._parser().parse_args(arguments), console)
+    return config, console.file.getvalue()
+
+
+def test_a_gpu_is_used_where_there_is_one(monkeypatch):
+    config, printed = chosen(monkeypatch, "")
+    assert (config.device, config.dtype, printed) == ("cuda", "bfloat16", "")
+    assert config.batch * config.length == 32768 and config.seconds == 60
+    config, _ = chosen(monkeypatch, "", "--tiny")
+    assert (config.device, config.dtype, config.length) == ("cuda", "bfloat16", 256)
+    config, _ = chosen(monkeypatch, "", "--device", "cpu")
+    assert (config.device, config.dtype) == ("cpu", "float32")
+
+
+def test_the_cpu_is_used_where_a_gpu_cannot_be(monkeypatch):
+    config, printed = chosen(monkeypatch, "torch finds no CUDA GPU")
+    assert config.device == "cpu" and printed == ""
+    problem = "anymask does not run on the GPU: no NVRTC"
+    config, printed = chosen(monkeypatch, problem)
+    assert config.device == "cpu" and printed == f"Using the CPU: {problem}\n"
+    with pytest.raises(Exception, match="--device cuda: anymask does not run on the GPU"):
+        chosen(monkeypatch, problem, "--device", "cuda")
+
+
+def test_why_a_gpu_cannot_be_used(monkeypatch):
+    from anymask.demo import command
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command._cuda_problem() == "torch finds no CUDA GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    whole = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *shape, device, **rest: whole(*shape, **rest))
+    assert command._cuda_problem() == ""  # the call itself, on the CPU
+    monkeypatch.setattr("anymask.attention", lambda *arguments: 1 / 0)
+    assert command._cuda_problem() == "anymask does not run on the GPU: division by zero"
+
+
+def test_the_report_names_the_gpu(monkeypatch):
+    from types import SimpleNamespace
+
+    from anymask.demo import command
+    from anymask.demo.config import CUDA
+
+    properties = SimpleNamespace(total_memory=80 * 1024**3)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    facts = dict(command._facts(CUDA, 10, 1.0))
+    assert facts["trained on"] == "Some GPU, 80 GiB" and "cores" in facts["processor"]
+    assert command._where(CUDA) == "the GPU (Some GPU) in bfloat16"
 
 
 def test_errors_are_sentences(tmp_path, capsys, child_finds_package, monkeypatch):

@@ -7,7 +7,7 @@ definition. So a check takes seconds and fits in memory at the largest size that
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch import Tensor
 from anymask.benchmark_masks import BenchmarkMask
 
 _BLOCK = 2**27  # scores that exist at a time: 0.5 GB in float32
-_FLOOR = {"out": 1e-6, "lse": 1e-6, "dq": 1e-5, "dk": 1e-5, "dv": 1e-5}
+_FLOOR = {"out": 1e-6, "lse": 1e-6}
+_GRADIENT_FLOOR = 1e-5
 GRADIENTS = ("dq", "dk", "dv")
 _ONE_PLACE = 2**16  # lengths from which on a single place is checked
 
@@ -25,16 +26,22 @@ class WrongResult(RuntimeError):
 
 
 class Slice(NamedTuple):
-    """One key head of one batch entry: q, dout [group, Sq, D], k, v [Sk, D]."""
+    """One key head of one batch entry: q, dout [group, Sq, D], k, v [Sk, D], key_bias [Sk]."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     dout: Tensor | None
+    key_bias: Tensor | None = None
 
 
-def visible(mask: BenchmarkMask, entry: int, start: int, stop: int, device: Any) -> Tensor:
+AnyMask = Union[BenchmarkMask, Tensor]  # a dense mask: bool [batch, 1, length, length]
+
+
+def visible(mask: AnyMask, entry: int, start: int, stop: int, device: Any) -> Tensor:
     """bool [stop - start, length]: what those rows may see, by the definition of the intervals."""
+    if isinstance(mask, Tensor):
+        return mask[entry, 0, start:stop]
     indices = mask.indices[entry if len(mask.indices) > 1 else 0, 0]
     column = [torch.from_numpy(c.copy()).to(device)[None] for c in indices.T]
     i = torch.arange(start, stop, device=device, dtype=torch.int32)[:, None]
@@ -48,12 +55,11 @@ def visible(mask: BenchmarkMask, entry: int, start: int, stop: int, device: Any)
     return ~masked
 
 
-def attention(
-    inputs: Slice, mask: BenchmarkMask, entry: int, dtype: torch.dtype
-) -> dict[str, Tensor]:
+def attention(inputs: Slice, mask: AnyMask, entry: int, dtype: torch.dtype) -> dict[str, Tensor]:
     """out, lse and (with dout) dq, dk, dv of a slice, each step done and rounded in `dtype`."""
     q, k, v = (x.to(dtype) for x in inputs[:3])
     dout = None if inputs.dout is None else inputs.dout.to(dtype)
+    bias = None if inputs.key_bias is None else inputs.key_bias.to(dtype)
     group, length, dim = q.shape
     scale = dim**-0.5
     # What is summed over blocks of rows is rounded once, as one matrix product would.
@@ -68,7 +74,10 @@ def attention(
         allowed = visible(mask, entry, here.start, here.stop, q.device)
         blind = ~allowed.any(-1, keepdim=True)
         for g in range(group):
-            scores = (q[g, here] @ k.T).mul_(scale).masked_fill_(~allowed, -torch.inf)
+            scores = (q[g, here] @ k.T).mul_(scale)
+            if bias is not None:
+                scores += bias
+            scores.masked_fill_(~allowed, -torch.inf)
             found["lse"][g, here] = torch.logsumexp(scores, -1)
             p = torch.softmax(scores, -1).masked_fill_(blind, 0.0)
             found["out"][g, here] = p @ v
@@ -82,13 +91,14 @@ def attention(
     return {name: x.to(dtype) for name, x in found.items()}
 
 
-def compare(name: str, got: Tensor, ref: Tensor, low: Tensor) -> float:
+def compare(name: str, got: Tensor, ref: Tensor, low: Tensor, floor: float | None = None) -> float:
     """The error as a share of what is allowed; raises WrongResult above 1.
 
     `low` is the same mathematics in the tested precision. Allowed is twice its error and twice one
     rounding, for the largest element and for the norm of all: the first alone would let anything
-    pass where a long row makes all elements small.
+    pass where a long row makes all elements small. `floor`: what is allowed an element in any case.
     """
+    floor = _FLOOR.get(name, _GRADIENT_FLOOR) if floor is None else floor
     if not torch.equal(got.isinf(), ref.isinf()):
         raise WrongResult(f"{name}: infinities in the wrong places")
     finite = ref.isfinite()
@@ -99,16 +109,23 @@ def compare(name: str, got: Tensor, ref: Tensor, low: Tensor) -> float:
     rounded = (exact.to(low.dtype) + 0.3 - 0.3).to(ref.dtype) - exact
     once = exact.to(low.dtype).to(ref.dtype) - exact
     worst = 0.0
-    for what, size, rounding, floor in (
-        ("largest", lambda x: float(x.abs().max()), rounded, _FLOOR[name]),
-        ("norm of the", lambda x: float(x.norm()), once, _FLOOR[name] * exact.numel() ** 0.5),
+    for what, size, rounding, least in (
+        ("largest", lambda x: float(x.abs().max()), rounded, floor),
+        ("norm of the", lambda x: float(x.norm()), once, floor * exact.numel() ** 0.5),
     ):
-        bound = 2 * size(naive) + 2 * size(rounding) + floor
+        bound = 2 * size(naive) + 2 * size(rounding) + least
         share = size(error) / bound
         if not share <= 1:  # NaN is wrong too
             raise WrongResult(f"{name}: {what} error {size(error):.2e}, allowed {bound:.2e}")
         worst = max(worst, share)
     return worst
+
+
+def assert_finite(results: Mapping[str, Tensor]) -> None:
+    """Raises WrongResult unless all results by name are finite; lse may be -inf."""
+    for name, result in results.items():
+        if name != "lse" and not result.isfinite().all():
+            raise WrongResult(f"{name}: not finite everywhere")
 
 
 class Expected:
@@ -117,9 +134,7 @@ class Expected:
     The reference is computed in float64 on the CPU and in float32 (no TF32) on a GPU.
     """
 
-    def __init__(
-        self, mask: BenchmarkMask, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None
-    ) -> None:
+    def __init__(self, mask: AnyMask, q: Tensor, k: Tensor, v: Tensor, dout: Tensor | None) -> None:
         batch, length, heads, _ = q.shape
         kv_heads = k.shape[2]
         last = (batch - 1, kv_heads - 1)
@@ -149,10 +164,9 @@ class Expected:
     def check(self, results: Mapping[str, Tensor]) -> float:
         """Compares results by name (out, lse, dq, dk, dv), shaped as the call has them; returns
         the largest error as a share of what is allowed, or raises WrongResult."""
+        assert_finite(results)
         worst = 0.0
         for name, result in results.items():
-            if name != "lse" and not result.isfinite().all():
-                raise WrongResult(f"{name}: not finite everywhere")
             for (entry, head), (ref, low) in zip(self.places, self._pairs):
                 got = self._at(result.detach(), entry, head).reshape(ref[name].shape)
                 worst = max(worst, compare(name, got, ref[name], low[name]))

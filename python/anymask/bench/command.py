@@ -65,15 +65,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
                      "(default: 10 on the CPU, 1 on cuda); three rounds run in any case")
     how.add_argument("--stop-after", type=float, metavar="SECONDS",
                      help="begin no further mask after so long")
+    how.add_argument("--check-every-sample", action="store_true",
+                     help="from 65536 tokens on too: compare all samples of a mask's documents "
+                     "with a reference, not the first alone")
     how.add_argument("--compile-jobs", type=int,
                      help="processes that compile FlexAttention ahead (default: 8 on cuda, at most "
                      "half the cores; 0: compile when needed)")
     out = parser.add_argument_group("results")
     out.add_argument("--json", type=Path, help="write all figures to this file, mask by mask")
+    out.add_argument("--resume", action="store_true",
+                     help="keep the rows that the file of --json has, measure those that it lacks")
     out.add_argument("--plot", type=Path, help="draw them (.png, .svg, .pdf)")
     out.add_argument("--commit", help="what the JSON names as commit; default: git's answer")
     out.add_argument("--from", dest="saved", type=Path, nargs="+", metavar="JSON",
-                     help="measure nothing: print and draw figures that --json wrote")
+                     help="measure nothing: print, draw and (with --json) join figures that --json "
+                     "wrote")
+    out.add_argument("--paper-table", type=Path, metavar="PAGE",
+                     help="write a table beside the paper's figures between the marks of a page")
 # fmt: on
 
 
@@ -86,6 +94,8 @@ def run(options: argparse.Namespace) -> int:
         console = Console(width=max(console.width, _LOG_WIDTH))
     if options.saved:
         about, rows = bench.read(*options.saved)
+        if options.json is not None:
+            bench.write(options.json, about, rows)
     else:
         settings, cases = _settings(options), _cases(options)
         if settings.device == "cpu":
@@ -97,13 +107,18 @@ def run(options: argparse.Namespace) -> int:
     console.print(_where(about), highlight=False)
     for part in report.tables(about, rows):
         console.print(part, highlight=False)
-    if options.json is not None and not options.saved:
+    if options.json is not None:
         console.print(f"wrote {options.json}")
     if options.plot is not None:
         from anymask.bench import plot
 
         plot.draw(about, rows, options.plot)
         console.print(f"drew {options.plot}")
+    if options.paper_table is not None:
+        from anymask.bench import paper_table
+
+        paper_table.write(options.paper_table, about, rows)
+        console.print(f"wrote {options.paper_table}")
     return 1 if any(row.wrong for row in rows) else 0
 
 
@@ -133,6 +148,7 @@ def _settings(options: argparse.Namespace) -> bench.Settings:
         budget=options.budget or (10.0 if cpu else 1.0),
         compile_jobs=jobs,
         stop_after=options.stop_after,
+        every_sample=options.check_every_sample,
     )
 
 
@@ -205,6 +221,13 @@ def _measured(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     done: list[bench.Row] = []
+    if options.resume:
+        if options.json is None:
+            raise ValueError("--resume: the file to go on with is that of --json")
+        if options.json.exists():
+            about_before, done = bench.read(options.json)
+            about.update({name: about_before[name] for name in ("date", "commit")})
+        cases = [case for case in cases if case not in {row.case for row in done}]
     started = time.perf_counter()
     with Progress(
         TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(),

@@ -16,8 +16,11 @@ from anymask.plans import plan
 _TOLERANCE = {"float32": 5e-6, "float16": 4e-3}
 
 
-def measure(case: Case, settings: Settings, say: Callable[[str], None]) -> Row:
-    """Times the forward pass. Raises ValueError for an element type that NumPy lacks."""
+def measure(
+    case: Case, settings: Settings, say: Callable[[str], None], checked: bool = True
+) -> Row:
+    """Times the forward pass; every result is checked. Raises ValueError for an element type that
+    NumPy lacks."""
     g, mask = case.geometry, case.build()
     if g.dtype not in _TOLERANCE:
         raise ValueError(f"dtype: {g.dtype} needs torch, which is not installed")

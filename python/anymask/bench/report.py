@@ -216,8 +216,9 @@ def one_line(row: Row) -> str:
         parts.append(f"{subject} {' / '.join(figures)}")
     problems = "; ".join(f"{what}: {text[:120]}" for what, text in row.problems.items())
     g = row.case.geometry
-    return (
-        f"{g} {row.case.mask}: {', '.join(parts)} TFLOP/s, checked to "
-        f"{max(row.errors.values(), default=0.0):.2f} of the allowed error, {row.wall:.1f} s"
-        + (f"; {problems}" if problems else "")
+    checked = f"checked to {max(row.errors.values(), default=0.0):.2f} of the allowed error"
+    if not row.checked:
+        checked = f"sample {row.case.sample}, finite"
+    return f"{g} {row.case.mask}: {', '.join(parts)} TFLOP/s, {checked}, {row.wall:.1f} s" + (
+        f"; {problems}" if problems else ""
     )

@@ -29,6 +29,7 @@ class Settings(NamedTuple):
     budget: float = 1.0  # seconds for timing one pass of a case, all subjects together
     compile_jobs: int = 0  # processes that compile FlexAttention ahead
     stop_after: float | None = None  # seconds after which no new case is begun
+    every_sample: bool = False  # compare long sequences of every sample with a reference
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Row:
     errors: dict[str, float] = field(default_factory=dict)  # largest, as a share of the allowed
     problems: dict[str, str] = field(default_factory=dict)  # what failed, and why
     wall: float = 0.0  # seconds that the whole row took
+    checked: bool = True  # against a reference; False: only that everything is finite
 
     @property
     def allowed(self) -> float:
@@ -83,6 +85,7 @@ class Row:
             "errors": self.errors,
             "problems": self.problems,
             "wall": self.wall,
+            "checked": self.checked,
         }
 
     @staticmethod
@@ -91,7 +94,21 @@ class Row:
         names = set(Case._fields) - {"geometry"}
         case = Case(geometry=geometry, **{name: data[name] for name in names})
         kept = ("pairs", "seconds", "first_calls", "compilation", "errors", "problems", "wall")
-        return Row(case, **{name: data[name] for name in kept})
+        return Row(case, **{name: data[name] for name in kept}, checked=data.get("checked", True))
+
+    def joined(self, later: Row) -> Row:
+        """This row with what a later one of the same case found: its figures win."""
+        found = {
+            name: {**getattr(self, name), **getattr(later, name)}
+            for name in ("seconds", "first_calls", "compilation", "errors", "problems")
+        }
+        # What went wrong before and has a figure now is no problem any more.
+        for what in [what for what in self.problems if what not in later.problems]:
+            subject, _, part = what.partition(" ")
+            if part in later.seconds.get(subject, {}):
+                del found["problems"][what]
+        checked = self.checked or later.checked
+        return Row(self.case, self.pairs, **found, wall=self.wall + later.wall, checked=checked)
 
 
 # ---- JSON ---------------------------------------------------------------------------------------
@@ -140,13 +157,28 @@ def write(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def read(*paths: Path) -> tuple[dict[str, Any], list[Row]]:
-    """(the first file's run, all files' rows). Raises ValueError for other files."""
-    runs, rows = [], []
+    """(the first file's run, all files' rows); a case that several files have is one row, in which
+    later figures win. Raises ValueError for other files, and for files of different machines."""
+    runs: list[dict[str, Any]] = []
+    rows: dict[Case, Row] = {}
     for path in paths:
         data = json.loads(path.read_text(encoding="utf-8"))
         try:
-            rows += [Row.from_dict(row) for row in data.pop("rows")]
+            for row in map(Row.from_dict, data.pop("rows")):
+                rows[row.case] = rows[row.case].joined(row) if row.case in rows else row
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not written by anymask bench --json ({error})") from None
         runs.append(data)
-    return runs[0], rows
+        if _processor(data) != _processor(runs[0]):
+            raise ValueError(
+                f"{path}: measured on {_processor(data)}, {paths[0]} on {_processor(runs[0])}"
+            )
+    about = runs[0]
+    if len(runs) > 1:
+        about["parts"] = [{"date": run.get("date"), "commit": run.get("commit")} for run in runs]
+    return about, list(rows.values())
+
+
+def _processor(run: dict[str, Any]) -> str:
+    gpu, machine_ = run.get("gpu") or {}, run.get("machine") or {}
+    return gpu.get("name") or machine_.get("cpu") or "an unknown machine"

@@ -32,6 +32,7 @@ def flashmask_attention(
     name: str | None = None,
     softmax_scale: float | None = None,
     block_mask: Any = None,
+    learnable_sink: Any = None,
 ) -> Any:
     """Attention under FlashMask's masks: per key column, runs of rows that may not see it.
 
@@ -66,6 +67,8 @@ def flashmask_attention(
         softmax_scale: of q k^T; None: ``head_dim ** -0.5``.
         block_mask: int32 [batch or 1, mask heads, ceil(q_len / 128), ceil(kv_len / 128)], non-zero
             = keep, with any head_dim, its mask heads independent of those above.
+        learnable_sink: [q_heads], of query's type or float32, the logit of one more key that every
+            query sees and that has no value; counted in lse. Differentiable.
 
     Returns:
         out [batch, q_len, q_heads, v_head_dim] of query's type; or a tuple of out, then (if asked)
@@ -104,6 +107,7 @@ def flashmask_attention(
         deterministic=arguments.deterministic(query),
         dropout_p=dropout,
         seed=seed_offset if dropout > 0.0 else None,
+        sink=learnable_sink,
     )
     results = [out]
     if return_softmax_lse:

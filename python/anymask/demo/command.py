@@ -145,12 +145,16 @@ def _facts(config: Config, parameters: int, total_seconds: float) -> list[tuple[
     import anymask as am
     from anymask import machine
 
-    facts = [("processor", f"{machine.cpu_name()}, {machine.cores()} cores; anymask uses "
-              f"{machine.instruction_set()}")]  # fmt: skip
+    processor = f"{machine.cpu_name()}, {machine.cores()} cores"
     if config.device == "cuda":
-        facts.append(("GPU", torch.cuda.get_device_name()))
+        memory = torch.cuda.get_device_properties("cuda").total_memory / 1024**3
+        trained_on = [("trained on", f"{torch.cuda.get_device_name()}, {memory:.0f} GiB")]
+        trained_on.append(("processor", processor))
+    else:
+        uses = f"anymask uses {machine.instruction_set()}"
+        trained_on = [("trained on", f"the CPU: {processor}; {uses}")]
     return [
-        *facts,
+        *trained_on,
         ("software", f"anymask {am.__version__}, torch {torch.__version__}, "
          f"Python {platform.python_version()}"),
         ("model", f"{parameters:,} parameters: {config.layers} layers, width {config.width}, "
@@ -162,6 +166,14 @@ def _facts(config: Config, parameters: int, total_seconds: float) -> list[tuple[
         ("seed", str(config.seed)),
         ("whole demo", f"{total_seconds:.0f} seconds"),
     ]  # fmt: skip
+
+
+def _where(config: Config) -> str:
+    if config.device == "cpu":
+        return f"the CPU in {config.dtype}"
+    import torch
+
+    return f"the GPU ({torch.cuda.get_device_name()}) in {config.dtype}"
 
 
 def _summary(both: object) -> Table:
@@ -212,8 +224,7 @@ def _run(options: argparse.Namespace, console: Console) -> Path:
     view = MaskView.of(sequences[0])
     console.print(
         f"Training a byte-level language model twice on {len(documents)} source files of Python's "
-        f"standard library, sequences of {config.length:,} bytes, on the "
-        f"{'GPU' if config.device == 'cuda' else 'CPU'}.",
+        f"standard library, sequences of {config.length:,} bytes, on {_where(config)}.",
         highlight=False,
     )
     with Progress(
@@ -231,7 +242,8 @@ def _run(options: argparse.Namespace, console: Console) -> Path:
     facts = _facts(config, anymask.parameters, time.perf_counter() - begin)
     path = options.output / "report.html"
     path.write_text(render(both, view, facts), encoding="utf-8")
-    (options.output / "results.json").write_text(json.dumps(both.figures(), indent=1) + "\n")
+    figures = {**both.figures(), "facts": dict(facts)}
+    (options.output / "results.json").write_text(json.dumps(figures, indent=1) + "\n")
     console.print()
     console.print(_summary(both))
     return path.resolve()
