@@ -135,27 +135,6 @@ TEST(Check, RefusesWrongScoreOptions) {
       "sink has no memory");
 }
 
-// Before anything is read or launched: there is no GPU here.
-TEST(Check, CudaBackwardRefusesScoreOptionsByName) {
-  Call call;
-  for (Tensor* t : {&call.args.q, &call.args.k, &call.args.v, &call.args.out, &call.args.lse}) {
-    t->device = {DeviceType::cuda, 0};
-  }
-  for (Tensor* t : {&call.args.q, &call.args.k, &call.args.v, &call.args.out}) {
-    t->dtype = DType::bf16;
-  }
-  const ForwardArgs& f = call.args;
-  BackwardArgs g;
-  g.q = f.q, g.k = f.k, g.v = f.v, g.out = f.out, g.lse = f.lse, g.dout = f.out;
-  g.dq = f.q, g.dk = f.k, g.dv = f.v, g.scores.softcap = 30;
-  try {
-    attention_backward(g);
-    FAIL();
-  } catch (const Unsupported& error) {
-    EXPECT_STREQ(error.what(), "softcap: not available on CUDA yet; use the CPU");
-  }
-}
-
 TEST(Check, RefusesWrongGradients) {
   Call call;
   attention_forward(call.args);

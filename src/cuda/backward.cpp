@@ -55,6 +55,10 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.q_stages = 2;
     c.math_registers = chained || features != 0 ? 232 : 224;
     c.load_registers = chained || features != 0 ? 40 : 56;
+    if (chained && c.has(kSoftcap) && c.has(kBias) && !c.has(kDropout)) {
+      c.math_registers = 240;
+      c.load_registers = 24;
+    }
     while (c.shared_bytes() > kSharedBytes && c.bit_slots > 2) --c.bit_slots;
     while (c.shared_bytes() > kSharedBytes && c.o_stages > 1) --c.o_stages;
     return c;
