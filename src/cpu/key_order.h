@@ -5,8 +5,8 @@
 
 namespace anymask::cpu {
 
-// Fills order [batches][heads / order_divisor][kv_len] with the keys of each place: those that some
-// row sees come first, in groups by first row, each group sorted by last row.
+// Fills order [batches][heads / order_divisor][kv_len] with the keys of each place in the order
+// that rules/key_rows.h describes.
 void order_keys(const rules::Program& program, int tile_columns, int32_t* order);
 
 }  // namespace anymask::cpu

@@ -19,12 +19,15 @@ constexpr KernelFamily kPack =
 constexpr KernelFamily kSeeKeys =
     family("plan_see_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
            "anymask::cuda::see_keys", sizeof(KeyOrderParams));
+constexpr KernelFamily kCollectKeys =
+    family("plan_collect_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::collect_keys", sizeof(KeyOrderParams));
 constexpr KernelFamily kSortKeys =
     family("plan_sort_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
            "anymask::cuda::sort_keys", sizeof(KeyOrderParams));
-constexpr KernelFamily kGroupKeys =
-    family("plan_group_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
-           "anymask::cuda::group_keys", sizeof(KeyOrderParams));
+constexpr KernelFamily kHalveGroups =
+    family("plan_halve_groups", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::halve_groups", sizeof(KeyOrderParams));
 constexpr KernelFamily kClassify =
     family("plan_classify", "cuda/device/plan.h", nullptr, "anymask::cuda::ClassifyParams",
            "anymask::cuda::classify", sizeof(ClassifyParams));
@@ -50,8 +53,9 @@ KernelConfig pack_config(int bytes, bool quads) {
   return config;
 }
 KernelConfig see_keys_config() { return config_of(kSeeKeys, kSeeThreads); }
+KernelConfig collect_keys_config() { return config_of(kCollectKeys, kSeeThreads); }
 KernelConfig sort_keys_config() { return config_of(kSortKeys, kSortThreads); }
-KernelConfig group_keys_config() { return config_of(kGroupKeys, kSortThreads); }
+KernelConfig halve_groups_config() { return config_of(kHalveGroups, kSortThreads); }
 // Two blocks a multiprocessor: its loads wait for each other, so warps count more than registers.
 KernelConfig classify_config() { return config_of(kClassify, kClassifyThreads, 2); }
 KernelConfig count_config() { return config_of(kCount, 32 * kOrderWarps); }
@@ -123,11 +127,13 @@ class Steps {
     params.items = static_cast<uint64_t*>(scratch);
     params.seen = reinterpret_cast<rules::KeyRows*>(params.items + 2 * keys);
     params.seen_keys = reinterpret_cast<int32_t*>(params.seen + keys);
+    params.block_keys = params.seen_keys + places;
     params.order = const_cast<int32_t*>(program.key_order);
     if (keys == 0) return;
     add(see_keys_config(), places * params.key_blocks, params);
+    add(collect_keys_config(), places * params.key_blocks, params);
     add(sort_keys_config(), places, params);
-    add(group_keys_config(), places * (params.most_groups + 1), params);
+    add(halve_groups_config(), places * params.most_groups, params);
   }
 
   // A row map, a column map or both of one shape, for the next classify().
@@ -188,7 +194,8 @@ class Steps {
 int64_t plan_scratch_bytes(const rules::Program& lowered) {
   if (lowered.reorder_keys == 0) return 0;
   constexpr int64_t kBytesOfKey = 2 * sizeof(uint64_t) + sizeof(rules::KeyRows);
-  return orders_of(lowered) * (lowered.kv_len * kBytesOfKey + int64_t{sizeof(int32_t)});
+  const int64_t counts = 1 + ceil_div(lowered.kv_len, kSeeThreads);
+  return orders_of(lowered) * (lowered.kv_len * kBytesOfKey + counts * int64_t{sizeof(int32_t)});
 }
 
 std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan,
@@ -221,9 +228,9 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
 }
 
 std::vector<KernelConfig> plan_kernels() {
-  std::vector<KernelConfig> kernels = {classify_config(),   count_config(),     order_config(),
-                                       see_keys_config(),   sort_keys_config(), group_keys_config(),
-                                       pack_config(1, true)};
+  std::vector<KernelConfig> kernels = {
+      classify_config(),     count_config(),     order_config(),        see_keys_config(),
+      collect_keys_config(), sort_keys_config(), halve_groups_config(), pack_config(1, true)};
   for (const int bytes : {1, 2, 4, 8}) kernels.push_back(pack_config(bytes, false));
   return kernels;
 }

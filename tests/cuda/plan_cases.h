@@ -325,6 +325,16 @@ void check_plans(bool quickly, Build build) {
       if (::testing::Test::HasFatalFailure()) return;
     }
   }
+  {  // several groups of seen keys
+    SCOPED_TRACE("several groups");
+    Masks masks(8, 1, 2, 5000, 14000);
+    masks.intervals(IntervalForm::kRun, true);
+    masks.band(1 << 30, 1000);
+    masks.join(Op::kAnd);
+    masks.program.reorder_keys = 1;
+    const plan::TileShapes shapes = {{192, 128}, {64, 128}};
+    expect_same_plan(masks.program, shapes, build(masks, shapes));
+  }
   for (const auto& [q_len, kv_len] : {std::pair{0, 0}, {0, 500}, {500, 0}}) {
     Masks masks(7, 1, 1, q_len, kv_len);
     masks.push(Node{.op = Op::kConstant, .flag = 1});

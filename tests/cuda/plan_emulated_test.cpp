@@ -39,7 +39,8 @@ std::function<void()> body_of(const PlanStep& step) {
   if (const auto* keys = std::get_if<KeyOrderParams>(&step.params)) {
     if (name == "plan_see_keys") return [keys] { see_keys(*keys); };
     if (name == "plan_sort_keys") return [keys] { sort_keys(*keys); };
-    return [keys] { group_keys(*keys); };
+    if (name == "plan_collect_keys") return [keys] { collect_keys(*keys); };
+    return [keys] { halve_groups(*keys); };
   }
   const auto* order = std::get_if<OrderParams>(&step.params);
   if (name == "plan_count") return [order] { count_tiles(*order); };

@@ -13,8 +13,6 @@
 
 namespace anymask::cuda {
 
-inline constexpr uint32_t kWholeWarp = 0xffffffffu;
-
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
