@@ -23,17 +23,18 @@ int32_t low_of(uint64_t item) { return static_cast<int32_t>(item & 0xffffffffu);
 // result.
 class KeyOrder {
  public:
-  KeyOrder(const Program& program, int tile_columns, int32_t* order)
+  KeyOrder(const Program& program, int tile_columns, int32_t* order, int32_t* seen_keys)
       : program_(program),
         keys_(program.kv_len),
         heads_(program.heads / program.order_divisor),
         orders_(program.batches * heads_),
         tile_columns_(tile_columns),
         order_(order),
-        rows_(static_cast<size_t>(orders_ * keys_)),
-        seen_(static_cast<size_t>(orders_)) {}
+        seen_keys_(seen_keys),
+        rows_(static_cast<size_t>(orders_ * keys_)) {}
 
   void run() {
+    std::fill_n(seen_keys_, orders_, 0);
     if (keys_ == 0) return;
     constexpr int64_t kKeysToSee = 4096, kKeysToSort = 16384;  // a task
     parallel_in_groups(orders_ * keys_, kKeysToSee, [&](int64_t index) { see_key(index); });
@@ -69,11 +70,11 @@ class KeyOrder {
     for (int32_t key = 0; key < keys_; ++key) {
       if (rows[key].last == 0) *end++ = key;
     }
-    seen_[static_cast<size_t>(order)] = static_cast<int>(items.size());
+    seen_keys_[order] = static_cast<int32_t>(items.size());
   }
 
   void order_group(int64_t order, int group) {
-    const int seen = seen_[static_cast<size_t>(order)];
+    const int seen = seen_keys_[order];
     if (group >= rules::group_count(seen, tile_columns_)) return;
     int32_t* const keys = order_ + order * keys_;
     halve(rows_of(order), keys + rules::group_begin(seen, tile_columns_, group),
@@ -109,14 +110,14 @@ class KeyOrder {
   const int64_t keys_, heads_, orders_;
   const int tile_columns_;
   int32_t* const order_;
+  int32_t* const seen_keys_;
   std::vector<KeyRows> rows_;  // [orders][keys]
-  std::vector<int> seen_;      // [orders]: keys that some row sees
 };
 
 }  // namespace
 
-void order_keys(const Program& program, int tile_columns, int32_t* order) {
-  KeyOrder(program, tile_columns, order).run();
+void order_keys(const Program& program, int tile_columns, int32_t* order, int32_t* seen_keys) {
+  KeyOrder(program, tile_columns, order, seen_keys).run();
 }
 
 }  // namespace anymask::cpu

@@ -79,11 +79,6 @@ bool reads_every_pair(const rules::Program& program) {
   });
 }
 
-// Places that have an order of keys of their own.
-int64_t orders_of(const rules::Program& program) {
-  return int64_t{program.batches} * (program.heads / program.order_divisor);
-}
-
 class Steps {
  public:
   explicit Steps(const rules::Program& program) : program_(program) {
@@ -114,20 +109,22 @@ class Steps {
         shape.batches * shape.heads * shape.row_words * params.column_blocks, params);
   }
 
-  // The order of keys. `program`: dense leaves packed.
-  void order_keys(const rules::Program& program, int tile_columns, void* scratch) {
+  // The order of keys. `plan`: dense leaves packed.
+  void order_keys(const plan::Plan& plan, void* scratch) {
+    const rules::Program& program = plan.program;
+    const int tile_columns = plan.forward_rows.shape.columns;
     KeyOrderParams params{};
     params.program = program;
     params.program.key_order = nullptr;
     params.tile_columns = tile_columns;
     params.key_blocks = ceil_div(program.kv_len, kSeeThreads);
     params.most_groups = rules::group_count(program.kv_len, tile_columns);
-    const int64_t places = orders_of(program);
+    const int64_t places = plan::orders(program);
     const int64_t keys = places * program.kv_len;
     params.items = static_cast<uint64_t*>(scratch);
     params.seen = reinterpret_cast<rules::KeyRows*>(params.items + 2 * keys);
-    params.seen_keys = reinterpret_cast<int32_t*>(params.seen + keys);
-    params.block_keys = params.seen_keys + places;
+    params.block_keys = reinterpret_cast<int32_t*>(params.seen + keys);
+    params.seen_keys = plan.seen_keys;
     params.order = const_cast<int32_t*>(program.key_order);
     if (keys == 0) return;
     add(see_keys_config(), places * params.key_blocks, params);
@@ -158,9 +155,10 @@ class Steps {
     }
   }
 
-  // The bitmaps of all maps. `program`: dense leaves packed.
-  void classify(const rules::Program& program) {
-    classify_.program = program;
+  // The bitmaps of all maps. `plan`: dense leaves packed.
+  void classify(const plan::Plan& plan) {
+    classify_.program = plan.program;
+    classify_.seen_keys = plan.seen_keys;
     int64_t blocks = 0;
     for (const ClassifyPass& pass : classify_.passes) blocks += pass.blocks;
     add(classify_config(), blocks, classify_);
@@ -194,8 +192,8 @@ class Steps {
 int64_t plan_scratch_bytes(const rules::Program& lowered) {
   if (lowered.reorder_keys == 0) return 0;
   constexpr int64_t kBytesOfKey = 2 * sizeof(uint64_t) + sizeof(rules::KeyRows);
-  const int64_t counts = 1 + ceil_div(lowered.kv_len, kSeeThreads);
-  return orders_of(lowered) * (lowered.kv_len * kBytesOfKey + counts * int64_t{sizeof(int32_t)});
+  const int64_t block_keys = ceil_div(lowered.kv_len, kSeeThreads) * int64_t{sizeof(int32_t)};
+  return plan::orders(lowered) * (lowered.kv_len * kBytesOfKey + block_keys);
 }
 
 std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan,
@@ -206,14 +204,15 @@ std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan
     if (node.op == rules::Op::kDense) steps.pack(node, plan.program.nodes[i]);
   }
   if (plan.program.key_order != nullptr) {
-    steps.order_keys(plan.program, plan.forward_rows.shape.columns, scratch);
+    steps.order_keys(plan, scratch);
   }
   // With one tile shape for both passes the two row maps are the same memory.
   if (plan.forward_rows.visible != plan.backward_rows.visible) {
     steps.add_maps(plan.program, &plan.forward_rows, nullptr);
   }
-  steps.add_maps(plan.program, &plan.backward_rows, &plan.backward_columns);
-  steps.classify(plan.program);
+  const bool columns = plan.backward_columns.visible != nullptr;
+  steps.add_maps(plan.program, &plan.backward_rows, columns ? &plan.backward_columns : nullptr);
+  steps.classify(plan);
   steps.order();
   return steps.take();
 }

@@ -206,6 +206,8 @@ inline void expect_same_plan(const Program& host, const plan::TileShapes& shapes
   if (host.reorder_keys != 0) {
     compare("key order", built.plan.program.key_order, places / host.order_divisor * host.kv_len,
             expected.data(), built.content.data(), built.base);
+    compare("seen keys", built.plan.seen_keys, plan::orders(host), expected.data(),
+            built.content.data(), built.base);
   }
   same("forward rows", built.plan.forward_rows);
   same("backward rows", built.plan.backward_rows);

@@ -37,6 +37,7 @@ inline constexpr int kMaxPasses = 2;
 
 struct ClassifyParams {
   rules::Program program;
+  const int32_t* seen_keys;  // with a key order: of plan::Plan
   ClassifyPass passes[kMaxPasses];
 };
 
@@ -62,7 +63,7 @@ struct KeyOrderParams {
   uint64_t* items;       // [places][2][kv_len]
   rules::KeyRows* seen;  // [places][kv_len]
   int32_t* block_keys;   // [places][key_blocks]: how many of their keys some row sees
-  int32_t* seen_keys;    // [places]: how many of all
+  int32_t* seen_keys;    // [places]: how many of all keys
   int32_t* order;        // [places][kv_len]: position -> key
 };
 
