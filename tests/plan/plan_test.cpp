@@ -183,6 +183,20 @@ TEST(Plan, KeysAreOrderedByFirstAndLastRow) {
   expect_order(ends, 128);
 }
 
+TEST(Plan, ForTheForwardPassAlone) {
+  const Problem problem = small_problem(300, 330);
+  const Built both(causal(), problem, kShapes);
+  Built forward(causal(), problem, kShapes);
+  std::fill(forward.memory.begin(), forward.memory.end(), char(0x5a));
+  cpu::build_plan(forward.lowered, plan::forward_only(forward.plan));
+  expect_map(forward, forward.plan.forward_rows, true);
+  EXPECT_EQ(*forward.plan.backward_rows.visible, 0x5a5a5a5au);
+  EXPECT_EQ(*forward.plan.backward_columns.visible, 0x5a5a5a5au);
+  EXPECT_TRUE(std::equal(both.plan.forward_rows.order,
+                         both.plan.forward_rows.order + both.plan.forward_rows.outer_tiles,
+                         forward.plan.forward_rows.order));
+}
+
 TEST(Plan, ReorderedMasksOfSeveralHeads) {
   std::mt19937 random(8);
   constexpr int kRows = 140, kColumns = 190;
