@@ -81,23 +81,30 @@ class KeyOrder {
           keys + rules::group_begin(seen, tile_columns_, group + 1));
   }
 
-  // Halves keys that are sorted by first row.
+  // Halves keys that are sorted by first row, or sorts those of a single tile.
   void halve(const KeyRows* rows, int32_t* begin, int32_t* end) const {
-    const auto size = static_cast<int>(end - begin);
-    const int tiles = rules::tile_count(size, tile_columns_);
-    if (tiles < 2) return;
+    const int tiles = rules::tile_count(static_cast<int>(end - begin), tile_columns_);
     int32_t* const middle = begin + rules::middle_tile(0, tiles) * tile_columns_;
-    std::vector<uint64_t> items(static_cast<size_t>(size));
-    for (int i = 0; i < size; ++i) items[static_cast<size_t>(i)] = item_of(rows[begin[i]].last, i);
+    const std::vector<int32_t> keys(begin, end);
+    std::vector<uint64_t> items(keys.size());  // by last row, equal ones as they are
+    for (size_t i = 0; i < keys.size(); ++i) {
+      items[i] = item_of(rows[keys[i]].last, static_cast<int64_t>(i));
+    }
     const auto [least, greatest] = std::minmax_element(items.begin(), items.end());
-    if (!rules::halves_by_first({rows[begin[0]].first, row_of(*least)},
-                                {rows[end[-1]].first, row_of(*greatest)})) {
-      // By last row, equal ones as they are; either half stays sorted by first row.
+    const bool by_first = rules::halves_by_first({rows[keys.front()].first, row_of(*least)},
+                                                 {rows[keys.back()].first, row_of(*greatest)});
+    if (tiles == 1) {
+      if (by_first) return;
+      std::sort(items.begin(), items.end());
+      std::transform(items.begin(), items.end(), begin,
+                     [&](uint64_t item) { return keys[static_cast<size_t>(low_of(item))]; });
+      return;
+    }
+    if (!by_first) {
       std::vector<uint64_t> ranked = items;
       const auto pivot = ranked.begin() + (middle - begin);
       std::nth_element(ranked.begin(), pivot, ranked.end());
-      const std::vector<int32_t> keys(begin, end);
-      int32_t *left = begin, *right = middle;
+      int32_t *left = begin, *right = middle;  // either half stays sorted by first row
       for (size_t i = 0; i < keys.size(); ++i) *(items[i] < *pivot ? left : right)++ = keys[i];
     }
     halve(rows, begin, middle);

@@ -115,11 +115,8 @@ struct Span {
 
 // The recursion of rules/key_rows.h, word for word.
 void halve(std::vector<Span>& keys, size_t begin, size_t end, size_t tile_keys) {
-  const size_t tiles = (end - begin + tile_keys - 1) / tile_keys;
-  if (tiles < 2) return;
   const auto from = keys.begin() + static_cast<std::ptrdiff_t>(begin);
   const auto to = keys.begin() + static_cast<std::ptrdiff_t>(end);
-  const size_t middle = begin + tiles / 2 * tile_keys;
   const auto by_first = [](const Span& a, const Span& b) {
     return std::tie(a.first, a.key) < std::tie(b.first, b.key);
   };
@@ -133,10 +130,10 @@ void halve(std::vector<Span>& keys, size_t begin, size_t end, size_t tile_keys) 
   if (sorted.back().first - sorted.front().first >= lasts) {
     std::copy(sorted.begin(), sorted.end(), from);
   }
-  std::sort(from, keys.begin() + static_cast<std::ptrdiff_t>(middle), by_first);
-  std::sort(keys.begin() + static_cast<std::ptrdiff_t>(middle), to, by_first);
-  halve(keys, begin, middle, tile_keys);
-  halve(keys, middle, end, tile_keys);
+  const size_t tiles = (end - begin + tile_keys - 1) / tile_keys;
+  if (tiles == 1) return;
+  halve(keys, begin, begin + tiles / 2 * tile_keys, tile_keys);
+  halve(keys, begin + tiles / 2 * tile_keys, end, tile_keys);
 }
 
 // Keys that some row sees come first, halved by first or last row down to tiles.

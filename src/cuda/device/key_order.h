@@ -153,7 +153,7 @@ inline constexpr int kLeastTileColumns = 16;
 inline constexpr int kListWords = rules::kGroupKeys / 32;
 inline constexpr int kThreadKeys = rules::kGroupKeys / kSortThreads;
 
-// How the set of keys that a tile lies in is halved.
+// How the set of keys that a tile lies in is halved; that of a single tile is only sorted.
 struct Half {
   int16_t begin, middle;  // positions
   bool by_first;
@@ -165,6 +165,8 @@ struct KeyLists {
   uint32_t left[kListWords];         // a bit for each position of the list to partition: stays left
   int32_t left_before[kListWords];   // set bits of the words before
   Half halves[rules::kGroupKeys / kLeastTileColumns];  // of each tile
+
+  uint16_t* list(bool first) { return first ? by_first : by_last; }
 };
 
 inline int left_before(const KeyLists& lists, int position) {
@@ -177,7 +179,7 @@ inline void halve_sets(int size, int tile_columns, KeyLists& lists) {
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i < size; i += kSortThreads) {
     const Half half = lists.halves[i / tile_columns];
-    lists.to_right[(half.by_first ? lists.by_first : lists.by_last)[i]] = i >= half.middle;
+    lists.to_right[lists.list(half.by_first)[i]] = i >= half.middle;
   }
   __syncthreads();
   int number[kThreadKeys] = {};
@@ -186,7 +188,7 @@ inline void halve_sets(int size, int tile_columns, KeyLists& lists) {
     bool left = false;
     if (i < size) {
       const Half half = lists.halves[i / tile_columns];
-      number[k] = (half.by_first ? lists.by_last : lists.by_first)[i];
+      number[k] = lists.list(!half.by_first)[i];
       left = !lists.to_right[number[k]];
     }
     const uint32_t word = __ballot_sync(kWholeWarp, left);
@@ -207,7 +209,7 @@ inline void halve_sets(int size, int tile_columns, KeyLists& lists) {
     const int lefts = left_before(lists, i) - left_before(lists, half.begin);
     const int to =
         lists.to_right[number[k]] ? half.middle + (i - half.begin - lefts) : half.begin + lefts;
-    (half.by_first ? lists.by_last : lists.by_first)[to] = static_cast<uint16_t>(number[k]);
+    lists.list(!half.by_first)[to] = static_cast<uint16_t>(number[k]);
   }
   __syncthreads();
 }
@@ -247,7 +249,7 @@ inline void halve_groups(const KeyOrderParams& params) {
 
   const int tiles = rules::tile_count(size, columns);
   int first_tile = 0, end_tile = tiles;  // of the set that tile number `thread` lies in
-  for (int most_tiles = tiles; most_tiles > 1; most_tiles = (most_tiles + 1) / 2) {
+  for (int most_tiles = tiles;; most_tiles = (most_tiles + 1) / 2) {
     if (thread < tiles) {
       const int middle_tile = rules::middle_tile(first_tile, end_tile);
       const int first = first_tile * columns;
@@ -263,12 +265,13 @@ inline void halve_groups(const KeyOrderParams& params) {
       (thread < middle_tile ? end_tile : first_tile) = middle_tile;
     }
     __syncthreads();
+    if (most_tiles == 1) break;
     halve_sets(size, columns, lists);
   }
   int32_t key[kThreadKeys] = {};
   for (int k = 0; k < kThreadKeys; ++k) {
     const int i = k * kSortThreads + thread;
-    if (i < size) key[k] = key_of[lists.by_first[i]];
+    if (i < size) key[k] = key_of[lists.list(lists.halves[i / columns].by_first)[i]];
   }
   __syncthreads();
   for (int k = 0; k < kThreadKeys; ++k) {
