@@ -1,5 +1,7 @@
 #include "plan/view.h"
 
+#include <algorithm>
+
 namespace anymask::plan {
 namespace {
 
@@ -54,6 +56,11 @@ rules::Node carve_bits(Carver& carver, const rules::Program& program, const rule
   return bits;
 }
 
+bool has_dense_leaf(const rules::Program& program) {
+  return std::any_of(program.nodes, program.nodes + program.count,
+                     [](const rules::Node& node) { return node.op == rules::Op::kDense; });
+}
+
 Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shapes) {
   Plan plan{.program = lowered, .forward_rows = {}, .backward_rows = {}, .backward_columns = {}};
   plan.forward_rows = carve_map(carver, lowered, shapes.forward, true);
@@ -70,6 +77,14 @@ Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shap
     if (lowered.nodes[i].op == rules::Op::kDense) {
       plan.program.nodes[i] = carve_bits(carver, lowered, lowered.nodes[i]);
     }
+  }
+  if (shapes.bake != 0 && has_dense_leaf(lowered)) {
+    const auto bake = [&](TileMap& map, int words) {
+      map.baked =
+          carver.take<uint32_t>(places(lowered) * map.outer_tiles * map.inner_tiles * words);
+    };
+    bake(plan.forward_rows, row_tile_words(shapes.forward));
+    bake(plan.backward_columns, column_tile_words(shapes.backward));
   }
   return plan;
 }

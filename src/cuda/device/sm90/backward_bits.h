@@ -54,6 +54,7 @@ __device__ __forceinline__ void arrive_bits(ptx::Barrier& barrier, int lane) {
   if (lane == 0) barrier.arrive();
 }
 
+// C.makes_bits().
 template <BackwardConfig C>
 __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardShared<C>& shared,
                                               int index, int lane) {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
     if (request.row_tile < 0) break;
     if constexpr (C.has(kDropout)) {
       kept_pairs.make(p, shared, slots.slot, index, lane);
-      if (shared.kept_requests[slots.slot].masked == 0) {
+      if (C.baked() || shared.kept_requests[slots.slot].masked == 0) {
         arrive_bits(shared.bits_full[slots.slot], lane);
         continue;
       }
@@ -98,10 +99,6 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
         if (exists && row < p.q_len) {
           if constexpr (C.masks() == MaskPath::kRecipe) {
             word = word_of_runs(p, shared.runs[0], key, row);
-            if (p.recipe.bits >= 0) {
-              word &= rules::bits_word(p.program.nodes[p.recipe.bits], request.place,
-                                       rules::key_at(p.program, request.place, position), row);
-            }
           } else {
             word = rules::column_word(p.program, request.place, position, row);
           }

@@ -14,6 +14,7 @@ enum class MaskPath : int32_t {
   kRuns,     // programs whose recipe is one run of rows per column
   kRecipe,   // any recipe
   kMachine,  // the postfix machine, for programs without a recipe
+  kBaked,    // not at all: the plan has them (programs with dense leaves)
 };
 
 // One variant. Integers only: the launcher hands them to the compiler as a list.
@@ -37,7 +38,11 @@ struct ForwardConfig {
   // Whether the bit-making warps have something for every tile, not only for partial ones.
   constexpr bool every_tile() const { return has(kKeyBias | kDropout); }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
+  constexpr bool baked() const { return masks() == MaskPath::kBaked; }
+  // Whether those warps wait for a slot and announce it once a tile, or once every 32 columns.
+  constexpr bool whole_slots() const { return every_tile() || baked(); }
   constexpr int rows() const { return 64 * warpgroups; }
+  constexpr plan::TileShape tile() const { return {rows(), columns}; }
   // A strip (the rows of one warpgroup) works on as few blocks of 64 columns of a partial tile as
   // it sees anything in; tiles of other widths are one block.
   constexpr int block_columns() const { return columns % 64 == 0 && !overlap ? 64 : columns; }
@@ -45,13 +50,13 @@ struct ForwardConfig {
   constexpr int threads() const { return 128 * (warpgroups + 1); }
   // Words of mask bits per row: a word holds the 32 columns that one thread of a quad owns among
   // 128, so a wider tile has more than one group.
-  constexpr int word_groups() const { return (columns + 127) / 128; }
+  constexpr int word_groups() const { return plan::groups_of(tile()); }
   // Sets of words in a slot of the ring of bits: the mask's, and of the pairs that dropout keeps.
   constexpr int word_sets() const { return has(kDropout) ? 2 : 1; }
-  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers and the
-  // like, which need less than 576 bytes.
+  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers, classes
+  // and the like, which need less than 640 bytes.
   constexpr int shared_bytes() const {
-    const int small = 576 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
+    const int small = 640 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
     return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
            bit_slots * word_sets() * warpgroups * word_groups() * 1024 +
            (small + 1023) / 1024 * 1024;
@@ -64,15 +69,14 @@ struct alignas(64) TensorMapBytes {
 };
 
 // A program that is a conjunction of column runs (bands, intervals, segments, prefixes) and at most
-// one bitmap and one pair of ids needs no postfix machine: per column, three runs of rows say all
-// but the bitmap and the ids. Indices are of program nodes, -1: none.
+// one pair of ids needs no postfix machine: per column, three runs of rows say all but the ids.
+// Indices are of program nodes, -1: none.
 struct RunRecipe {
   int32_t usable;            // 0: the program has ids, or needs the machine
   int32_t band_lo, band_hi;  // of all bands together
   int32_t intervals;
   int32_t segments;
   int32_t prefix;
-  int32_t bits;
   int32_t ids;    // then the rest of the recipe holds too
   int32_t holes;  // runs of masked rows a column that bands and the like cannot express: 0, 1, 2
 };
@@ -81,7 +85,7 @@ struct RunRecipe {
 inline RunRecipe recipe_of(const rules::Program& program) {
   using rules::Op;
   constexpr int kFar = 1 << 30;
-  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1, -1, 0};
+  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1, 0};
   for (int i = 0; i < program.count; ++i) {
     const rules::Node& node = program.nodes[i];
     int32_t* slot = nullptr;
@@ -104,16 +108,13 @@ inline RunRecipe recipe_of(const rules::Program& program) {
       case Op::kPrefix:
         slot = &recipe.prefix;
         break;
-      case Op::kBits:
-        slot = &recipe.bits;
-        break;
       case Op::kIds:
         slot = &recipe.ids;
         break;
       default:
         break;
     }
-    if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, -1, 0};
+    if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, 0};
     *slot = i;
   }
   if (recipe.ids >= 0) recipe.usable = 0;
@@ -125,10 +126,11 @@ inline RunRecipe recipe_of(const rules::Program& program) {
   return recipe;
 }
 
-// How the forward pass makes bits under a recipe. Host only.
-inline MaskPath mask_path(const RunRecipe& recipe) {
+// How the forward pass comes by the bits of a map's partial tiles. Host only.
+inline MaskPath mask_path(const RunRecipe& recipe, const plan::TileMap& map) {
+  if (map.baked != nullptr) return MaskPath::kBaked;
   if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
-  const bool one_run = recipe.bits < 0 && recipe.ids < 0 && recipe.holes == 0;
+  const bool one_run = recipe.ids < 0 && recipe.holes == 0;
   return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
 }
 
