@@ -285,6 +285,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   // Runs with holes are handed over too here, and ids have no code of their own.
   const MaskPath masks = call.columns.baked != nullptr ? MaskPath::kBaked
                          : recipe.usable == 0          ? MaskPath::kMachine
+                         : recipe.bits >= 0            ? MaskPath::kRecipe
                                                        : MaskPath::kRuns;
   const bool chained = call.deterministic;
   const BackwardConfig config =
@@ -348,8 +349,8 @@ std::vector<KernelConfig> backward_kernels() {
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
       for (const bool chained : {false, true}) {
-        // kRecipe comes with options alone.
-        for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kMachine, MaskPath::kBaked}) {
+        for (const MaskPath masks :
+             {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine, MaskPath::kBaked}) {
           all.push_back(kernel_config(kMain, variant(depth, value_depth, half, masks, chained)));
         }
         const BackwardConfig c = variant(depth, value_depth, half, MaskPath::kRuns, chained);

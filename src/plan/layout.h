@@ -15,8 +15,9 @@ struct TileShape {
 struct TileShapes {
   TileShape forward;
   TileShape backward;
-  // 1: a plan of a mask with dense leaves also has the bits of its partial tiles, baked as kernels
-  // read them (forward rows: whole strips, kStripRows). Never of other masks: they stay linear.
+  // 1: plans of masks with dense leaves also have the bits of partial tiles, baked as the kernels
+  // read them, where that takes less memory than the leaves. Forward rows: a multiple of
+  // kStripRows; backward rows: of 32.
   int32_t bake = 0;
 };
 

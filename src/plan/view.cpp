@@ -1,7 +1,5 @@
 #include "plan/view.h"
 
-#include <algorithm>
-
 namespace anymask::plan {
 namespace {
 
@@ -56,9 +54,33 @@ rules::Node carve_bits(Carver& carver, const rules::Program& program, const rule
   return bits;
 }
 
-bool has_dense_leaf(const rules::Program& program) {
-  return std::any_of(program.nodes, program.nodes + program.count,
-                     [](const rules::Node& node) { return node.op == rules::Op::kDense; });
+// What the caller has brought as dense leaves; a row, column, head or batch entry that stands for
+// all counts once.
+int64_t dense_bytes(const rules::Program& program) {
+  int64_t bytes = 0;
+  for (int32_t i = 0; i < program.count; ++i) {
+    const rules::Node& node = program.nodes[i];
+    if (node.op != rules::Op::kDense) continue;
+    const PackedShape shape = packed_shape(program, node);
+    const int64_t rows = node.columns.row_stride == 0 ? 1 : program.q_len;
+    bytes += shape.batches * shape.heads * rows * shape.columns * node.columns.bytes;
+  }
+  return bytes;
+}
+
+// Bakes where that takes no more memory than the caller's dense leaves: two bits for a pair of each
+// place, where these have a byte or more. So not for a row of keys to be ignored, which is linear,
+// nor for one mask of pairs joined with others of many batch entries.
+void carve_baked(Carver& carver, const rules::Program& program, TileMap& rows, TileMap& columns) {
+  const auto words = [&](const TileMap& map, int of_tile) {
+    return places(program) * map.outer_tiles * map.inner_tiles * of_tile;
+  };
+  const int64_t row_words = words(rows, row_tile_words(rows.shape));
+  const int64_t column_words = words(columns, column_tile_words(columns.shape));
+  const int64_t brought = dense_bytes(program);
+  if (brought == 0 || (row_words + column_words) * 4 > brought) return;
+  rows.baked = carver.take<uint32_t>(row_words);
+  columns.baked = carver.take<uint32_t>(column_words);
 }
 
 Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shapes) {
@@ -78,14 +100,7 @@ Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shap
       plan.program.nodes[i] = carve_bits(carver, lowered, lowered.nodes[i]);
     }
   }
-  if (shapes.bake != 0 && has_dense_leaf(lowered)) {
-    const auto bake = [&](TileMap& map, int words) {
-      map.baked =
-          carver.take<uint32_t>(places(lowered) * map.outer_tiles * map.inner_tiles * words);
-    };
-    bake(plan.forward_rows, row_tile_words(shapes.forward));
-    bake(plan.backward_columns, column_tile_words(shapes.backward));
-  }
+  if (shapes.bake != 0) carve_baked(carver, lowered, plan.forward_rows, plan.backward_columns);
   return plan;
 }
 

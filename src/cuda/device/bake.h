@@ -50,9 +50,6 @@ inline void bake_strip(const rules::Program& program, const plan::TileMap& map,
 
   uint4 upper{}, lower{};
   uint32_t visible = 0, hidden = 0;  // of any of this lane's columns
-#if defined(__CUDACC__)
-#pragma unroll 1  // else there are 120 KB of it
-#endif
   for (int q = 0; q < plan::kStripLanes; ++q) {
     const int in_tile = first_in_tile + 2 * q;
     const bool has_column = in_tile < map.shape.columns;
@@ -85,9 +82,6 @@ inline void bake_columns(const rules::Program& program, const plan::TileMap& map
   const int in_tile = 32 * block + static_cast<int>(threadIdx.x % 32);
   if (in_tile >= map.shape.columns) return;
   const int words = map.shape.rows / 32;
-#if defined(__CUDACC__)
-#pragma unroll 1
-#endif
   for (int i = 0; i < words; ++i) {
     tile.words[in_tile * words + i] =
         word_at(program, tile.place, tile.outer * map.shape.columns + in_tile,

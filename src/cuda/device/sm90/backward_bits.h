@@ -99,6 +99,10 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
         if (exists && row < p.q_len) {
           if constexpr (C.masks() == MaskPath::kRecipe) {
             word = word_of_runs(p, shared.runs[0], key, row);
+            if (p.recipe.bits >= 0) {
+              word &= rules::bits_word(p.program.nodes[p.recipe.bits], request.place,
+                                       rules::key_at(p.program, request.place, position), row);
+            }
           } else {
             word = rules::column_word(p.program, request.place, position, row);
           }

@@ -14,7 +14,7 @@ enum class MaskPath : int32_t {
   kRuns,     // programs whose recipe is one run of rows per column
   kRecipe,   // any recipe
   kMachine,  // the postfix machine, for programs without a recipe
-  kBaked,    // not at all: the plan has them (programs with dense leaves)
+  kBaked,    // not at all: the plan has them (most programs with dense leaves)
 };
 
 // One variant. Integers only: the launcher hands them to the compiler as a list.
@@ -69,14 +69,15 @@ struct alignas(64) TensorMapBytes {
 };
 
 // A program that is a conjunction of column runs (bands, intervals, segments, prefixes) and at most
-// one pair of ids needs no postfix machine: per column, three runs of rows say all but the ids.
-// Indices are of program nodes, -1: none.
+// one bitmap and one pair of ids needs no postfix machine: per column, three runs of rows say all
+// but the bitmap and the ids. Indices are of program nodes, -1: none.
 struct RunRecipe {
   int32_t usable;            // 0: the program has ids, or needs the machine
   int32_t band_lo, band_hi;  // of all bands together
   int32_t intervals;
   int32_t segments;
   int32_t prefix;
+  int32_t bits;
   int32_t ids;    // then the rest of the recipe holds too
   int32_t holes;  // runs of masked rows a column that bands and the like cannot express: 0, 1, 2
 };
@@ -85,7 +86,7 @@ struct RunRecipe {
 inline RunRecipe recipe_of(const rules::Program& program) {
   using rules::Op;
   constexpr int kFar = 1 << 30;
-  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1, 0};
+  RunRecipe recipe{1, -kFar, kFar, -1, -1, -1, -1, -1, 0};
   for (int i = 0; i < program.count; ++i) {
     const rules::Node& node = program.nodes[i];
     int32_t* slot = nullptr;
@@ -108,13 +109,16 @@ inline RunRecipe recipe_of(const rules::Program& program) {
       case Op::kPrefix:
         slot = &recipe.prefix;
         break;
+      case Op::kBits:
+        slot = &recipe.bits;
+        break;
       case Op::kIds:
         slot = &recipe.ids;
         break;
       default:
         break;
     }
-    if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, 0};
+    if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, -1, 0};
     *slot = i;
   }
   if (recipe.ids >= 0) recipe.usable = 0;
@@ -130,7 +134,7 @@ inline RunRecipe recipe_of(const rules::Program& program) {
 inline MaskPath mask_path(const RunRecipe& recipe, const plan::TileMap& map) {
   if (map.baked != nullptr) return MaskPath::kBaked;
   if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
-  const bool one_run = recipe.ids < 0 && recipe.holes == 0;
+  const bool one_run = recipe.bits < 0 && recipe.ids < 0 && recipe.holes == 0;
   return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
 }
 

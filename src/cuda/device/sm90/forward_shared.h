@@ -28,6 +28,7 @@ struct RecipeArrays {
   const int32_t* key_order;
   const int32_t* intervals;
   const void* segments;
+  const uint32_t* bits;
   const void* row_ids;
   const void* column_ids;
   int32_t prefix;

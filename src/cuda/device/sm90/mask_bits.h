@@ -155,6 +155,16 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
     runs.begin1 = runs.begin2;
     runs.end1 = runs.end2;
   }
+  if (p.recipe.bits >= 0 && exists) {
+    const rules::Array& array = p.program.nodes[p.recipe.bits].columns;
+    const uint32_t* word =
+        arrays.bits + (first_row / 32) * array.row_stride + key * array.column_stride;
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if (first_row + 32 * i < p.q_len) words[i] &= *word;
+      word += array.row_stride;
+    }
+  }
   if (p.recipe.ids >= 0) {
     const rules::Node& node = p.program.nodes[p.recipe.ids];
     const int64_t column_id =

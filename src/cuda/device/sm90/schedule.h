@@ -49,6 +49,9 @@ __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, co
     arrays.row_ids = integers_at(program.nodes[p.recipe.ids].rows, place);
     arrays.column_ids = integers_at(program.nodes[p.recipe.ids].columns, place);
   }
+  if (p.recipe.bits >= 0) {
+    arrays.bits = rules::array_at<uint32_t>(program.nodes[p.recipe.bits].columns, place);
+  }
   if (p.recipe.prefix >= 0) {
     arrays.prefix = rules::prefix_length(program.nodes[p.recipe.prefix], place);
   }
