@@ -65,7 +65,8 @@ int64_t gathered_bytes(const rules::Program& lowered, const Problem& p) {
 
 plan::TileShapes tile_shapes(const Problem& problem) {
   return {.forward = forward_tile_shape(problem.head_dim, problem.v_head_dim),
-          .backward = backward_tile_shape(problem.head_dim, problem.v_head_dim)};
+          .backward = backward_tile_shape(problem.head_dim, problem.v_head_dim),
+          .bake = 1};
 }
 
 int64_t plan_scratch(const rules::Program& lowered) { return plan_scratch_bytes(lowered); }

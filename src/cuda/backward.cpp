@@ -316,9 +316,10 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const bool half = call.q.dtype == DType::f16;
   const RunRecipe recipe = recipe_of(*call.program);
   // Runs with holes are handed over too here, and ids have no code of their own.
-  const MaskPath masks = recipe.usable == 0 ? MaskPath::kMachine
-                         : recipe.bits >= 0 ? MaskPath::kRecipe
-                                            : MaskPath::kRuns;
+  const MaskPath masks = call.columns.baked != nullptr ? MaskPath::kBaked
+                         : recipe.usable == 0          ? MaskPath::kMachine
+                         : recipe.bits >= 0            ? MaskPath::kRecipe
+                                                       : MaskPath::kRuns;
   const bool chained = call.deterministic;
   const BackwardConfig config = variant(problem.head_dim, problem.v_head_dim, half, masks, chained,
                                         gradients.features(), splits_groups(problem));
@@ -391,7 +392,8 @@ std::vector<KernelConfig> backward_kernels() {
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
       for (const bool chained : {false, true}) {
-        for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine}) {
+        for (const MaskPath masks :
+             {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine, MaskPath::kBaked}) {
           all.push_back(kernel_config(kMain, variant(depth, value_depth, half, masks, chained)));
           if (!chained && depth <= 128) {
             all.push_back(

@@ -137,8 +137,9 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   ForwardParams params{};
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
-  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-                                       mask_path(params.recipe), features_of(*call.scores));
+  const ForwardConfig config =
+      variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
+              mask_path(params.recipe, call.rows), features_of(*call.scores));
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
@@ -185,7 +186,8 @@ std::vector<KernelConfig> forward_kernels() {
   std::vector<KernelConfig> all;
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
-      for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine}) {
+      for (const MaskPath masks :
+           {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine, MaskPath::kBaked}) {
         all.push_back(kernel_config(variant(depth, value_depth, half, masks)));
       }
       if (depth == 192) continue;

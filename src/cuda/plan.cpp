@@ -38,6 +38,10 @@ constexpr KernelFamily kOrder =
     family("plan_order", "cuda/device/plan.h", nullptr, "anymask::cuda::OrderParams",
            "anymask::cuda::order_tiles", sizeof(OrderParams));
 
+constexpr KernelFamily kBake =
+    family("plan_bake", "cuda/device/bake.h", nullptr, "anymask::cuda::BakeParams",
+           "anymask::cuda::bake", sizeof(BakeParams));
+
 KernelConfig config_of(const KernelFamily& kernel_family, int threads, int min_blocks = 1) {
   KernelConfig config;
   config.family = &kernel_family;
@@ -60,6 +64,7 @@ KernelConfig halve_groups_config() { return config_of(kHalveGroups, kSortThreads
 KernelConfig classify_config() { return config_of(kClassify, kClassifyThreads, 2); }
 KernelConfig count_config() { return config_of(kCount, 32 * kOrderWarps); }
 KernelConfig order_config() { return config_of(kOrder, 32 * kOrderWarps); }
+KernelConfig bake_config() { return config_of(kBake, 32 * kBakeWarps); }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -171,6 +176,24 @@ class Steps {
     add(order_config(), blocks, order_);
   }
 
+  // The bits of partial tiles, once these are known. `program`: dense leaves packed.
+  void bake(const rules::Program& program, const plan::TileMap& rows,
+            const plan::TileMap& columns) {
+    const auto tiles = [&](const plan::TileMap& map) {
+      return int64_t{order_.places} * map.outer_tiles * map.inner_tiles;
+    };
+    BakeParams params{};
+    params.program = program;
+    params.rows = rows;
+    params.columns = columns;
+    params.row_blocks = plan::strips_of(rows.shape) * plan::groups_of(rows.shape);
+    params.column_blocks = ceil_div(columns.shape.columns, 32);
+    params.row_tasks = tiles(rows) * params.row_blocks;
+    params.column_tasks = tiles(columns) * params.column_blocks;
+    add(bake_config(), (params.row_tasks + params.column_tasks + kBakeWarps - 1) / kBakeWarps,
+        params);
+  }
+
   std::vector<PlanStep> take() { return std::move(steps_); }
 
  private:
@@ -214,6 +237,9 @@ std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan
   steps.add_maps(plan.program, &plan.backward_rows, columns ? &plan.backward_columns : nullptr);
   steps.classify(plan);
   steps.order();
+  if (plan.forward_rows.baked != nullptr) {
+    steps.bake(plan.program, plan.forward_rows, plan.backward_columns);
+  }
   return steps.take();
 }
 
@@ -228,8 +254,9 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
 
 std::vector<KernelConfig> plan_kernels() {
   std::vector<KernelConfig> kernels = {
-      classify_config(),     count_config(),     order_config(),        see_keys_config(),
-      collect_keys_config(), sort_keys_config(), halve_groups_config(), pack_config(1, true)};
+      classify_config(),     count_config(),        order_config(),
+      see_keys_config(),     collect_keys_config(), sort_keys_config(),
+      halve_groups_config(), bake_config(),         pack_config(1, true)};
   for (const int bytes : {1, 2, 4, 8}) kernels.push_back(pack_config(bytes, false));
   return kernels;
 }

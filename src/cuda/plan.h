@@ -24,7 +24,7 @@ int64_t plan_scratch_bytes(const rules::Program& lowered);
 struct PlanStep {
   KernelConfig config;
   Grid grid;
-  std::variant<PackParams, KeyOrderParams, ClassifyParams, OrderParams> params;
+  std::variant<PackParams, KeyOrderParams, ClassifyParams, OrderParams, BakeParams> params;
 };
 std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan,
                                  void* scratch);

@@ -54,6 +54,35 @@ rules::Node carve_bits(Carver& carver, const rules::Program& program, const rule
   return bits;
 }
 
+// What the caller has brought as dense leaves; a row, column, head or batch entry that stands for
+// all counts once.
+int64_t dense_bytes(const rules::Program& program) {
+  int64_t bytes = 0;
+  for (int32_t i = 0; i < program.count; ++i) {
+    const rules::Node& node = program.nodes[i];
+    if (node.op != rules::Op::kDense) continue;
+    const PackedShape shape = packed_shape(program, node);
+    const int64_t rows = node.columns.row_stride == 0 ? 1 : program.q_len;
+    bytes += shape.batches * shape.heads * rows * shape.columns * node.columns.bytes;
+  }
+  return bytes;
+}
+
+// Bakes where that takes no more memory than the caller's dense leaves: two bits for a pair of each
+// place, where these have a byte or more. So not for a row of keys to be ignored, which is linear,
+// nor for one mask of pairs joined with others of many batch entries.
+void carve_baked(Carver& carver, const rules::Program& program, TileMap& rows, TileMap& columns) {
+  const auto words = [&](const TileMap& map, int of_tile) {
+    return places(program) * map.outer_tiles * map.inner_tiles * of_tile;
+  };
+  const int64_t row_words = words(rows, row_tile_words(rows.shape));
+  const int64_t column_words = words(columns, column_tile_words(columns.shape));
+  const int64_t brought = dense_bytes(program);
+  if (brought == 0 || (row_words + column_words) * 4 > brought) return;
+  rows.baked = carver.take<uint32_t>(row_words);
+  columns.baked = carver.take<uint32_t>(column_words);
+}
+
 Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shapes) {
   Plan plan{};
   plan.program = lowered;
@@ -72,6 +101,7 @@ Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shap
       plan.program.nodes[i] = carve_bits(carver, lowered, lowered.nodes[i]);
     }
   }
+  if (shapes.bake != 0) carve_baked(carver, lowered, plan.forward_rows, plan.backward_columns);
   return plan;
 }
 

@@ -1,6 +1,8 @@
 // The plan's kernels, run on the CPU thread by thread. Needs no GPU.
 #include "cuda/emulator.h"
 //
+#include "cuda/baked_cases.h"
+#include "cuda/device/bake.h"
 #include "cuda/device/key_order.h"
 #include "cuda/device/pack.h"
 #include "cuda/device/plan.h"
@@ -35,6 +37,9 @@ std::function<void()> body_of(const PlanStep& step) {
         return [packed] { pack<PackConfig{8, false}>(*packed); };
     }
   }
+  if (const auto* baked = std::get_if<BakeParams>(&step.params)) {
+    return [baked] { bake(*baked); };
+  }
   const std::string name = step.config.family->name;
   if (const auto* keys = std::get_if<KeyOrderParams>(&step.params)) {
     if (name == "plan_see_keys") return [keys] { see_keys(*keys); };
@@ -58,15 +63,17 @@ std::vector<char> poisoned_buffer(const Program& program, const plan::TileShapes
   return std::vector<char>(static_cast<size_t>(plan::bytes_needed(program, shapes)), char(0xa5));
 }
 
-TEST(PlanEmulated, MatchesPlanOnCpu) {
-  std::vector<char> buffer;
-  check_plans(/*quickly=*/true, [&buffer](Masks& masks, const plan::TileShapes& shapes) {
-    buffer = poisoned_buffer(masks.program, shapes);
-    const plan::Plan plan = plan::view(masks.program, shapes, buffer.data());
-    build(masks.program, plan);
-    return BuiltPlan{buffer, plan, buffer.data()};
-  });
+BuiltPlan build_emulated(Masks& masks, const plan::TileShapes& shapes) {
+  static std::vector<char> buffer;
+  buffer = poisoned_buffer(masks.program, shapes);
+  const plan::Plan plan = plan::view(masks.program, shapes, buffer.data());
+  build(masks.program, plan);
+  return BuiltPlan{buffer, plan, buffer.data()};
 }
+
+TEST(PlanEmulated, MatchesPlanOnCpu) { check_plans(/*quickly=*/true, build_emulated); }
+
+TEST(PlanEmulated, BakesTheBitsOfMasksWithDenseLeaves) { check_baked_plans(build_emulated); }
 
 TEST(PlanEmulated, ForTheForwardPassAlone) {
   const plan::TileShapes shapes = {{192, 128}, {64, 128}};

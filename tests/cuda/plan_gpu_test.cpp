@@ -4,6 +4,7 @@
 #include <thread>
 
 #include "anymask/error.hpp"
+#include "cuda/baked_cases.h"
 #include "cuda/device_memory.h"
 #include "cuda/plan.h"
 #include "cuda/plan_cases.h"
@@ -35,11 +36,16 @@ TEST(PlanOnGpu, SmallSetMatchesPlanOnCpu) {
   check_plans(/*quickly=*/true, build_on_gpu);
 }
 
+TEST(PlanOnGpu, BakesTheBitsOfMasksWithDenseLeaves) {
+  ANYMASK_NEEDS_GPU();
+  check_baked_plans(build_on_gpu);
+}
+
 // Run by itself, this also loads the kernels inside the capture.
 TEST(PlanOnGpu, IsCapturedInAGraphAndFollowsItsInputs) {
   ANYMASK_NEEDS_GPU();
   constexpr int kLength = 2000;
-  constexpr plan::TileShapes kShapes = {{128, 128}, {64, 128}};
+  constexpr plan::TileShapes kShapes = {{192, 128}, {64, 128}, 1};
   std::vector<uint8_t> allowed(kLength * kLength, 0);
   Program host{.count = 1, .q_len = kLength, .kv_len = kLength};
   host.nodes[0] = Node{.op = Op::kDense};
@@ -63,7 +69,9 @@ TEST(PlanOnGpu, IsCapturedInAGraphAndFollowsItsInputs) {
     mask.put(allowed.data());
     buffer.poison();
     graph.replay();
-    expect_same_plan(host, kShapes, BuiltPlan{buffer.get(), plan, buffer.data()});
+    const BuiltPlan built{buffer.get(), plan, buffer.data()};
+    expect_same_plan(host, kShapes, built);
+    BakedPlan(host, built).check();
   }
 }
 

@@ -90,6 +90,42 @@ def test_masks_of_every_batch_entry_and_head():
             check(q, k, v, am.intervals(indices, True), reference.intervals(indices, True, m))
 
 
+def patchwork(rng, places, m, n):
+    """Random pairs of every density, each place's own, with tiles of all and of nothing among."""
+    allowed = rng.random((*places, m, n)) < rng.random((*places, 1, 1))
+    for one in allowed.reshape(-1, m, n):
+        rows, columns = int(rng.integers(0, m)), int(rng.integers(0, n))
+        one[rows : rows + 200, columns:] = True
+        one[rows // 2 :, : columns // 2] = False
+    return allowed
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "dims", [(64, 64), (128, 128), (64, 128), (192, 128), (192, 192), (256, 256)]
+)
+def test_dense_masks_with_bits_of_their_own(dims, deterministic):
+    """Plans of dense masks have their bits as the kernels read them: for every place, in tiles of
+    every shape, and (one row of keys, one mask for many batch entries) where they have not."""
+    rng = np.random.default_rng(16)
+    b, h, m, n = 3, 6, LENGTH - 37, LENGTH // 2 + 5
+    q, k, v = inputs(b, m, n, (h, 2), dims)
+    options = {"deterministic": deterministic, "with_lse": True}
+    for heads in (1, 2, 6):
+        allowed = patchwork(rng, (b, heads), m, n)
+        check(q, k, v, am.dense(allowed), allowed, **options)
+    allowed = patchwork(rng, (b, 2), m, n)
+    causal, window = reference.causal(m, n), reference.sliding_window(m, n, 90, 30)
+    mask = ~am.dense(allowed) & am.causal() | am.sliding_window(90, 30)
+    check(q, k, v, mask, (~allowed & causal) | window, plan=True, **options)
+    check(q, k, v, am.dense(allowed & causal).reordered(), allowed & causal, **options)
+    row = rng.random((b, 1, 1, n)) < 0.6
+    check(q, k, v, am.dense(row), np.broadcast_to(row, (b, 1, m, n)), **options)
+    eq, ek = (rng.integers(-4, 1, (b, h, length)).astype(np.int32) for length in (m, n))
+    one = allowed[:1, :1]
+    check(q, k, v, am.dense(one) & am.ids(eq, ek), one & reference.ids(eq, ek), **options)
+
+
 def test_a_plan_serves_every_layer():
     mask = (am.causal() & am.documents(torch.arange(LENGTH, device=DEVICE) // 90)).to(DEVICE)
     plan = am.plan(

@@ -115,12 +115,15 @@ def check(q, k, v, mask, allowed, **options):
 
 
 def masks(rng, b, h, m, n):
-    """One for every way in which the kernels make mask bits, and keys in another order."""
+    """One for every way in which the kernels come by mask bits."""
+    masked = rng.integers(0, m + 1, (b, 1, n, 4)).astype(np.int32)
+    allowed = rng.random((b, h, m, n)) < 0.5
     return {
         "none": (None, np.ones((1, 1, m, n), bool)),
         "runs": (am.causal(), reference.causal(m, n)),
-        "recipe": mask_cases.dense(rng, b, h, m, n),
+        "recipe": (am.intervals(masked, False), reference.intervals(masked, False, m)),
         "machine": (~am.sliding_window(50, 20), ~reference.sliding_window(m, n, 50, 20)),
+        "baked": (am.dense(allowed), allowed),
     }
 
 
@@ -134,7 +137,11 @@ def test_every_option(dims, dtype, which):
     rng, (q, k, v) = inputs(1, dtype, dims=dims)
     options = score_checks.some_options(rng, which, dtype, q, k)
     for name, (mask, allowed) in masks(rng, 2, 4, M, N).items():
-        if name in ("none", "runs") or which in ("key_bias", "all"):
+        if (
+            name in ("none", "runs")
+            or which in ("key_bias", "all")
+            or (name, which) == ("baked", "dropout")
+        ):
             check(q, k, v, mask, allowed, **options)
     check(q, k, v, am.causal(), reference.causal(M, N), deterministic=True, **options)
 

@@ -253,6 +253,39 @@ TEST(Plan, LinearMasksHaveLinearPlans) {
   EXPECT_LT(large, 1 << 23);  // two bits a tile and its transpose
 }
 
+// Bits as kernels read them are in plans that ask for them, of masks that brought as much memory.
+TEST(Plan, BakedBitsTakeLessThanDenseLeaves) {
+  constexpr plan::TileShapes kBaking{{192, 128}, {64, 128}, 1}, kPlain{{192, 128}, {64, 128}};
+  constexpr int kLength = 1000;
+  static const std::vector<uint8_t> allowed(2 * kLength * kLength, 1);
+  const auto tensor = [](int64_t batch, int64_t rows) {
+    return Tensor(const_cast<uint8_t*>(allowed.data()), DType::u8, {batch, 1, rows, kLength});
+  };
+  const auto more = [&](const Mask& mask, const Problem& problem) {
+    const rules::Program lowered = lower(mask, problem);
+    const plan::Plan plan = plan::view(lowered, kBaking, reinterpret_cast<void*>(256));
+    const int64_t bytes =
+        plan::bytes_needed(lowered, kBaking) - plan::bytes_needed(lowered, kPlain);
+    EXPECT_EQ(plan.forward_rows.baked != nullptr, bytes > 0);
+    EXPECT_EQ(plan.backward_columns.baked != nullptr, bytes > 0);
+    EXPECT_EQ(plan.backward_rows.baked, nullptr);
+    return bytes;
+  };
+  const Problem two = small_problem(kLength, kLength, 2);
+  const int64_t pairs = int64_t{kLength} * kLength;
+  EXPECT_EQ(more(causal(), two), 0);
+  EXPECT_EQ(more(dense(tensor(2, 1)), two), 0);
+  EXPECT_GT(more(dense(tensor(2, kLength)) & causal(), two), pairs / 2);
+  EXPECT_LT(more(dense(tensor(2, kLength)) & causal(), two), pairs * 2 / 3);
+  EXPECT_GT(more(dense(tensor(1, kLength)), two), pairs / 4);  // one place for both
+
+  std::vector<int32_t> ids(9 * kLength);
+  const Tensor view(ids.data(), DType::i32, {9, 1, kLength});
+  EXPECT_EQ(
+      more(dense(tensor(1, kLength)) & documents(view, view), small_problem(kLength, kLength, 9)),
+      0);
+}
+
 TEST(Plan, EmptySizes) {
   for (const auto& [q, k] : {std::pair{0, 50}, {50, 0}, {0, 0}})
     expect_plan(causal(), small_problem(q, k));

@@ -67,6 +67,19 @@ struct KeyOrderParams {
   int32_t* order;        // [places][kv_len]: position -> key
 };
 
+// Bakes the bits of a plan: a warp for each block of each tile.
+inline constexpr int kBakeWarps = 4;
+
+struct BakeParams {
+  rules::Program program;  // dense leaves packed; key order, if there is one
+  plan::TileMap rows;      // the forward's row map
+  plan::TileMap columns;   // the backward's column map
+  int32_t row_blocks;      // of a tile: a strip and group each
+  int32_t column_blocks;   // of a tile: 32 columns each
+  int64_t row_tasks;       // blocks of all tiles of all places
+  int64_t column_tasks;
+};
+
 // Packs dense[batch][head][row][column] != 0 into words[batch][head][row / 32][column]. Heads here
 // are the arrays' own; head_divisor is not looked at.
 inline constexpr int kPackThreads = 128;

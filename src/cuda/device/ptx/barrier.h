@@ -32,6 +32,14 @@ struct alignas(8) Barrier {
         : "memory");
   }
 
+  // Announces `bytes` of bulk copies without arriving. The phase must have arrivals to come.
+  __device__ __forceinline__ void expect(uint32_t bytes) {
+    asm volatile(
+        "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&state)),
+        "r"(bytes)
+        : "memory");
+  }
+
   // Whether the phase of this parity has completed; looks at once.
   __device__ __forceinline__ bool test(uint32_t parity) const {
     uint32_t done;

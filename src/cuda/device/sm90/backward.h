@@ -39,7 +39,7 @@ __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
       backward_load<C>(p, shared, lane);
     } else if (warp < BackwardShared<C>::kFirstBitWarp) {
       await_turns<C>(p, shared, lane);
-    } else {
+    } else if constexpr (C.makes_bits()) {
       make_key_bits<C>(p, shared, warp - BackwardShared<C>::kFirstBitWarp, lane);
     }
     return;

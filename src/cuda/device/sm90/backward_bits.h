@@ -54,6 +54,7 @@ __device__ __forceinline__ void arrive_bits(ptx::Barrier& barrier, int lane) {
   if (lane == 0) barrier.arrive();
 }
 
+// C.makes_bits().
 template <BackwardConfig C>
 __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardShared<C>& shared,
                                               int index, int lane) {
@@ -66,7 +67,7 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
     if (request.row_tile < 0) break;
     if constexpr (C.has(kDropout)) {
       kept_pairs.make(p, shared, slots.slot, index, lane);
-      if (shared.kept_requests[slots.slot].masked == 0) {
+      if (C.baked() || shared.kept_requests[slots.slot].masked == 0) {
         arrive_bits(shared.bits_full[slots.slot], lane);
         continue;
       }

@@ -53,8 +53,12 @@ struct BackwardConfig {
     return wide != 0 || pieces == 0 ? pieces : pieces - 1;
   }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
+  constexpr bool baked() const { return masks() == MaskPath::kBaked; }
+  // Whether the warps that make bits have something to do.
+  constexpr bool makes_bits() const { return !baked() || has(kDropout); }
   constexpr int rows() const { return kBackwardRows; }
   constexpr int columns() const { return wide != 0 ? 64 : 128; }
+  constexpr plan::TileShape tile() const { return {rows(), columns()}; }
   // Producers, warpgroups that own keys, and unless wide the one that makes dQ.
   constexpr int warpgroups() const { return 1 + kBackwardWarpgroups + (wide != 0 ? 0 : 1); }
   constexpr int threads() const { return 128 * warpgroups(); }

@@ -20,13 +20,23 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   Ring<kSentSlots> sent_ring;
   Ring<C.k_stages> k_ring;
   uint32_t v_parity = 1;  // of v_empty
-  // A slot is free when the math warps have read its bits.
-  auto ask_for_bits = [&](const BitRequest& request, const KeptRequest& kept) {
+  // A slot is free when the math warps have read its bits. `baked`: what is copied to it, or null.
+  auto ask_for_bits = [&](const BitRequest& request, const KeptRequest& kept,
+                          const uint32_t* baked) {
     shared.bits_empty[bit_ring.slot].wait(bit_ring.parity ^ 1);
     if (lane == 0) {
-      if constexpr (C.has(kDropout)) shared.kept_requests[bit_ring.slot] = kept;
-      shared.requests[bit_ring.slot] = request;
-      shared.request_full[bit_ring.slot].arrive();
+      ptx::Barrier& full = shared.bits_full[bit_ring.slot];
+      if (C.baked() && baked != nullptr) {
+        full.expect(Shared::kBitBytes);
+        ptx::load_bytes(shared.bits[bit_ring.slot], baked, Shared::kBitBytes, full);
+      }
+      if constexpr (C.makes_bits()) {
+        if constexpr (C.has(kDropout)) shared.kept_requests[bit_ring.slot] = kept;
+        shared.requests[bit_ring.slot] = request;
+        shared.request_full[bit_ring.slot].arrive();
+      } else {
+        full.arrive();
+      }
     }
     bit_ring.next();
   };
@@ -79,6 +89,12 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       bool fresh = true;
       int begins = first ? StepPlace::kFirstHead : StepPlace::kNextHead;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
+      constexpr int kBakedWords = plan::column_tile_words(C.tile());
+      const uint32_t* baked = nullptr;  // the head's first tile
+      if constexpr (C.baked()) {
+        const int64_t row = map_row(p, p.columns, mask_place(p, item.batch, head), item.key_tile);
+        baked = p.columns.baked + row * p.columns.inner_tiles * kBakedWords;
+      }
       const auto visit = [&](const RowTile& visited) {
         const int row = visited.tile * kBackwardRows;
         BackwardStep step = {first_tile + visited.tile, row, 0, visited.turn,
@@ -86,8 +102,10 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         if (C.has(kDropout) || visited.partial != 0) {  // dropout: pairs are kept in every tile
           step.partial = visited.partial == 0 ? 0 : fresh ? 2 : 1;
           if (fresh || C.masks() != MaskPath::kRuns) {
-            ask_for_bits({item.key_tile, visited.tile, mask_place(p, item.batch, head), fresh},
-                         {item.batch, head, step.partial});
+            ask_for_bits(
+                {item.key_tile, visited.tile, mask_place(p, item.batch, head), fresh},
+                {item.batch, head, step.partial},
+                visited.partial != 0 ? baked + int64_t{visited.tile} * kBakedWords : nullptr);
           }
           if (!C.has(kDropout) || visited.partial != 0) fresh = false;
         }
@@ -152,7 +170,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     if (C.chained != 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
     index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
   }
-  ask_for_bits({0, -1, {0, 0}, 0}, {0, 0, 0});
+  if constexpr (C.makes_bits()) ask_for_bits({0, -1, {0, 0}, 0}, {0, 0, 0}, nullptr);
 }
 
 }  // namespace anymask::cuda

@@ -92,7 +92,8 @@ struct BackwardShared {
   alignas(128) uint16_t stats[C.q_stages][kBackwardRows][kRowStats];
   // Constants that pick lse [0] and sums [1] from the statistics; [2]: zeros.
   alignas(128) uint16_t units[3][8][kRowStats];
-  // Of a key: two words of bits, a bit a row, as the rules make them. Or (MaskPath::kRuns) which
+  // Of a key: two words of bits, a bit a row, as the rules make them and a plan bakes them
+  // (plan/layout.h). Or (MaskPath::kRuns) which
   // rows see it, good for as many row tiles as there are; otherwise that is scratch of who makes
   // bits, and a lane reads only what it wrote.
   static constexpr bool kHandsOverRuns = C.masks() == MaskPath::kRuns;
@@ -138,6 +139,8 @@ struct BackwardShared {
   static constexpr int kFirstBitWarp = kWaitsForTurns ? 2 : 1;
   static constexpr int kKeyBitWarps = kMathWarps - kFirstBitWarp;
 
+  static constexpr uint32_t kBitBytes = sizeof(bits[0]);
+  static_assert(kBitBytes == 4 * plan::column_tile_words(C.tile()));
   static constexpr uint32_t kKBytes = kColumns * C.depth * 2;
   static constexpr uint32_t kVBytes = kColumns * C.value_depth * 2;
   static constexpr uint32_t kStatBytes = kBackwardRows * kRowStats * 2;
@@ -191,7 +194,7 @@ struct BackwardShared {
     weights_empty.init(kMathWarps);
     for (int s = 0; s < C.bit_slots; ++s) {
       request_full[s].init(1);
-      bits_full[s].init(kDrops ? kKeyBitWarps : kColumns / 32);
+      bits_full[s].init(kDrops ? kKeyBitWarps : C.baked() ? 1 : kColumns / 32);
       bits_empty[s].init(C.wide != 0 && !kDrops ? kMathWarps : kMathArrivals);
     }
     for (int s = 0; s < kItemSlots; ++s) {

@@ -35,7 +35,7 @@ __device__ __forceinline__ void forward_kernel(const ForwardParams& p) {
     if (warp == 0) {
       LoadWarp<C> loader{p, shared, lane};
       loader.run();
-    } else {
+    } else if (warp <= ForwardShared<C>::kFillWarps) {
       make_bits<C>(p, shared, warp - 1, lane);
     }
   } else {

@@ -14,6 +14,7 @@ enum class MaskPath : int32_t {
   kRuns,     // programs whose recipe is one run of rows per column
   kRecipe,   // any recipe
   kMachine,  // the postfix machine, for programs without a recipe
+  kBaked,    // not at all: the plan has them (most programs with dense leaves)
 };
 
 // One variant. Integers only: the launcher hands them to the compiler as a list.
@@ -37,7 +38,11 @@ struct ForwardConfig {
   // Whether the bit-making warps have something for every tile, not only for partial ones.
   constexpr bool every_tile() const { return has(kKeyBias | kDropout); }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
+  constexpr bool baked() const { return masks() == MaskPath::kBaked; }
+  // Whether those warps wait for a slot and announce it once a tile, or once every 32 columns.
+  constexpr bool whole_slots() const { return every_tile() || baked(); }
   constexpr int rows() const { return 64 * warpgroups; }
+  constexpr plan::TileShape tile() const { return {rows(), columns}; }
   // A strip (the rows of one warpgroup) works on as few blocks of 64 columns of a partial tile as
   // it sees anything in; tiles of other widths are one block.
   constexpr int block_columns() const { return columns % 64 == 0 && !overlap ? 64 : columns; }
@@ -45,13 +50,13 @@ struct ForwardConfig {
   constexpr int threads() const { return 128 * (warpgroups + 1); }
   // Words of mask bits per row: a word holds the 32 columns that one thread of a quad owns among
   // 128, so a wider tile has more than one group.
-  constexpr int word_groups() const { return (columns + 127) / 128; }
+  constexpr int word_groups() const { return plan::groups_of(tile()); }
   // Sets of words in a slot of the ring of bits: the mask's, and of the pairs that dropout keeps.
   constexpr int word_sets() const { return has(kDropout) ? 2 : 1; }
-  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers and the
-  // like, which need less than 576 bytes.
+  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers, classes
+  // and the like, which need less than 640 bytes.
   constexpr int shared_bytes() const {
-    const int small = 576 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
+    const int small = 640 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
     return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
            bit_slots * word_sets() * warpgroups * word_groups() * 1024 +
            (small + 1023) / 1024 * 1024;
@@ -125,8 +130,9 @@ inline RunRecipe recipe_of(const rules::Program& program) {
   return recipe;
 }
 
-// How the forward pass makes bits under a recipe. Host only.
-inline MaskPath mask_path(const RunRecipe& recipe) {
+// How the forward pass comes by the bits of a map's partial tiles. Host only.
+inline MaskPath mask_path(const RunRecipe& recipe, const plan::TileMap& map) {
+  if (map.baked != nullptr) return MaskPath::kBaked;
   if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
   const bool one_run = recipe.bits < 0 && recipe.ids < 0 && recipe.holes == 0;
   return one_run ? MaskPath::kRuns : MaskPath::kRecipe;

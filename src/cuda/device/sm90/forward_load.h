@@ -121,7 +121,7 @@ struct LoadWarp {
     shared.item_empty[items.slot].wait(items.parity ^ 1);
     if (lane == 0) {
       shared.items[items.slot] = next;
-      if (C.masks() != MaskPath::kMachine && next.count > 0) {
+      if ((C.masks() == MaskPath::kRuns || C.masks() == MaskPath::kRecipe) && next.count > 0) {
         shared.arrays[items.slot] = recipe_arrays(p, next);
       }
       shared.item_full[items.slot].arrive();

@@ -34,24 +34,32 @@ struct RecipeArrays {
   int32_t prefix;
 };
 
+// The mask bits of a tile, as a plan bakes them (plan/layout.h): [strip][group][row][quad lane], so
+// that a warp of math threads reads 32 words in a row.
+template <ForwardConfig C>
+struct alignas(16) TileBits {
+  uint32_t words[C.warpgroups][C.word_groups()][plan::kStripRows][plan::kStripLanes];
+  // Of each strip and group, in any of four bytes.
+  uint32_t classes[C.warpgroups][C.word_groups()];
+};
+
 template <ForwardConfig C>
 struct ForwardShared {
   static constexpr int kWarpgroups = C.warpgroups;
   static constexpr int kGroups = C.word_groups();
+  // Those of the producer warpgroup that fill the slots of bits: copying them takes one.
+  static constexpr int kFillWarps = C.baked() && !C.every_tile() ? 1 : kBitWarps;
 
   alignas(1024) uint8_t q[kWarpgroups][C.depth / kSlabColumns][64 * kSlabRowBytes];
   alignas(1024) uint8_t k[C.k_stages][C.depth / kSlabColumns][C.columns * kSlabRowBytes];
   alignas(1024) uint8_t v[C.v_stages][C.value_depth / kSlabColumns][C.columns * kSlabRowBytes];
 
-  // Mask bits: [group][row][quad lane], so that a warp of math threads reads 32 words in a row.
-  // With dropout, slot s also has the pairs that are kept, as kKept + s.
-  static constexpr int kKept = C.bit_slots;
-  alignas(16) uint32_t bits[C.bit_slots * C.word_sets()][kWarpgroups][kGroups][64][4];
+  TileBits<C> bits[C.bit_slots];
+  // The pairs that dropout keeps, laid out likewise.
+  alignas(16) uint32_t kept[C.has(kDropout) ? C.bit_slots : 1][C.has(kDropout) ? kWarpgroups : 1]
+                           [kGroups][C.has(kDropout) ? 64 : 1][4];
   // Where there are key biases: those of a slot's tile, in the unit of its scores.
   alignas(16) float key_bias[C.bit_slots][C.has(kKeyBias) ? C.columns : 1];
-  // Class of each strip of 64 rows, one byte per quad lane: bits 0 and 1: something is visible in
-  // the group's first or second 64 columns; bits 2 and 3: something is hidden.
-  uint32_t classes[C.bit_slots][kWarpgroups][kGroups];
 
   ptx::Barrier q_full[kWarpgroups], q_empty[kWarpgroups];
   ptx::Barrier k_full[C.k_stages], k_empty[C.k_stages];
@@ -62,6 +70,7 @@ struct ForwardShared {
   Item items[kItemSlots];
   RecipeArrays arrays[kItemSlots];
 
+  static_assert(sizeof(TileBits<C>) == plan::row_tile_words(C.tile()) * 4);
   static constexpr int kQBytes = 64 * C.depth * 2;  // of one warpgroup
   static constexpr int kKBytes = C.columns * C.depth * 2;
   static constexpr int kVBytes = C.columns * C.value_depth * 2;
@@ -72,8 +81,7 @@ struct ForwardShared {
       q_empty[w].init(kMathWarps);
     }
     for (int s = 0; s < C.bit_slots; ++s) {
-      // What is made for every tile is announced once a warp, else each 32 columns by themselves.
-      bits_full[s].init(C.every_tile() ? kBitWarps : 4 * kGroups);
+      bits_full[s].init(C.whole_slots() ? kFillWarps : 4 * kGroups);
       bits_empty[s].init(kMathWarps * kWarpgroups);
     }
     for (int s = 0; s < C.k_stages; ++s) {
@@ -86,7 +94,7 @@ struct ForwardShared {
     }
     for (int s = 0; s < kItemSlots; ++s) {
       item_full[s].init(1);
-      item_empty[s].init(kMathWarps * kWarpgroups + kBitWarps);
+      item_empty[s].init(kMathWarps * kWarpgroups + kFillWarps);
     }
     ptx::fence_barrier_init();
   }

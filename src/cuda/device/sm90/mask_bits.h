@@ -1,4 +1,5 @@
-// Mask bits of partial tiles: made by idle warps of the producer warpgroup, read by math warps.
+// Mask bits of partial tiles: made by idle warps of the producer warpgroup, read by math warps. Or,
+// where the plan has them, copied.
 //
 // The rules give a word of 32 rows for one column; a math thread wants, for one row, the bits of
 // the columns it holds. So a warp evaluates 32 columns (lane = column) and transposes 32 x 32 bits
@@ -6,6 +7,7 @@
 // 8k + 2q and 8k + 2q + 1, in the order of its accumulators.
 #pragma once
 
+#include "cuda/device/ptx/bulk.h"
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/sm90/dropout_bits.h"
 #include "cuda/device/sm90/schedule.h"
@@ -278,7 +280,20 @@ __device__ __forceinline__ float key_bias_at(const ForwardParams& p, const void*
   return number_at<C.half != 0>(numbers, first, key * numbers.key_stride) * p.scores.bias_factor;
 }
 
-// ---- the story of a bit-making warp, `index` of kBitWarps ---------------------------------------
+// ---- baked tiles --------------------------------------------------------------------------------
+
+// Announces the bytes of a tile's bits to the slot's barrier, which still waits for the caller's
+// arrival, and copies them.
+template <ForwardConfig C>
+__device__ __forceinline__ void copy_bits(const ForwardParams& p, const Item& item, int tile,
+                                          TileBits<C>& to, ptx::Barrier& full) {
+  constexpr int kWords = plan::row_tile_words(C.tile());
+  const int64_t row = map_row(p, mask_place(p, item.batch, item.head), item.row_tile);
+  full.expect(4 * kWords);
+  ptx::load_bytes(&to, p.map.baked + (row * p.map.inner_tiles + tile) * kWords, 4 * kWords, full);
+}
+
+// ---- the story of a bit-making warp, `index` of kFillWarps --------------------------------------
 
 template <ForwardConfig C>
 __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<C>& shared,
@@ -308,8 +323,12 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
     for (int i = 0; i < item.count; ++i) {
       walker.next();
       if (!C.every_tile() && !walker.is_partial) continue;
-      if constexpr (C.every_tile()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
-      if (walker.is_partial) {
+      if constexpr (C.whole_slots()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
+      if constexpr (C.baked()) {
+        if (walker.is_partial && index == 0 && lane == 0) {
+          copy_bits(p, item, walker.tile, shared.bits[slots.slot], shared.bits_full[slots.slot]);
+        }
+      } else if (walker.is_partial) {
 #pragma unroll 1
         for (; piece < kPieces; piece += kBitWarps) {
           const int q = piece & 3, group = piece >> 2;
@@ -330,8 +349,8 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
 #pragma unroll
           for (int w = 0; w < C.warpgroups; ++w) {
             store_strip(words[2 * w], words[2 * w + 1], has_column, lane,
-                        &shared.bits[slots.slot][w][group][0][q],
-                        reinterpret_cast<uint8_t*>(&shared.classes[slots.slot][w][group]) + q);
+                        &shared.bits[slots.slot].words[w][group][0][q],
+                        reinterpret_cast<uint8_t*>(&shared.bits[slots.slot].classes[w][group]) + q);
           }
           if constexpr (!C.every_tile()) {
             __syncwarp();
@@ -349,10 +368,9 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
         }
       }
       if constexpr (C.has(kDropout)) {
-        make_kept<C>(p, dropout, order, item_row, first, index, lane,
-                     shared.bits[shared.kKept + slots.slot]);
+        make_kept<C>(p, dropout, order, item_row, first, index, lane, shared.kept[slots.slot]);
       }
-      if constexpr (C.every_tile()) {
+      if constexpr (C.whole_slots()) {
         __syncwarp();
         if (lane == 0) shared.bits_full[slots.slot].arrive();
       }

@@ -64,14 +64,14 @@ struct StripBits {
     if (!C.every_tile() && !partial) return mask;
     shared.bits_full[ring.slot].wait(ring.parity);
     if constexpr (C.has(kDropout)) {
-      read_words(shared.bits[shared.kKept + ring.slot][w], mask.kept);
+      read_words(shared.kept[ring.slot][w], mask.kept);
     }
     if (C.every_tile() && !partial) return mask;
     uint32_t visible = 0, hidden = 0;  // a bit per 64 columns
-    read_words(shared.bits[ring.slot][w], mask.words);
+    read_words(shared.bits[ring.slot].words[w], mask.words);
 #pragma unroll
     for (int g = 0; g < C.word_groups(); ++g) {
-      uint32_t classes = shared.classes[ring.slot][w][g];
+      uint32_t classes = shared.bits[ring.slot].classes[w][g];
       classes |= classes >> 16;
       classes |= classes >> 8;
       visible |= (classes & 3) << (2 * g);
