@@ -62,9 +62,7 @@ def _bytes_of_plan(mask: bytes, problem: bytes) -> int:
     return size.value
 
 
-def _build(
-    mask: bytes, problem: bytes, device: torch.device, forward_only: bool = False
-) -> Tensor:
+def _build(mask: bytes, problem: bytes, device: torch.device, forward_only: bool = False) -> Tensor:
     buffer = _aligned_bytes(_bytes_of_plan(mask, problem), device)
     build = library().anymask_build_plan
     if forward_only:
