@@ -8,22 +8,28 @@ import reference_scores
 import torch
 from anymask.compat import _arguments as arguments
 from anymask.compat import dynamic_masks
+from checks import assert_close
 from problem import DEVICE, poisoned
 
 pytestmark = pytest.mark.cuda
 
 
-def close(found, expected, tolerance=0.02):
-    for one, other in zip(found, expected, strict=True):
-        error = (one.double() - other.double()).abs().max()
-        assert error <= tolerance * other.double().abs().max()
+def check(found, leaves, dout, definition):
+    """out and the leaves' gradients against a definition in float64 and, done naively, bfloat16."""
+    results = []
+    for dtype in (torch.float64, torch.bfloat16):
+        out = definition(dtype)
+        results.append((out, *torch.autograd.grad(out, leaves, dout.to(dtype))))
+    for index, (got, ref, low) in enumerate(zip(found, *results, strict=True)):
+        assert_close(f"result {index}", got, ref.double(), low.bfloat16(), 1e-5)
 
 
-def weighed(q, k, v, logits_of, kept=1.0, allowed=None):
-    """Attention [batch, heads, length, dim] by its definition, in float64."""
-    k, v = (x.double().repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    logits = logits_of(q.double() @ k.transpose(2, 3) * q.shape[3] ** -0.5)
-    return (logits.masked_fill(~allowed, -torch.inf).softmax(-1) * kept) @ v
+def weighed(dtype, q, k, v, logits_of, kept=1.0, allowed=None):
+    """Attention [batch, heads, length, dim] by its definition."""
+    k, v = (x.to(dtype).repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    logits = logits_of(q.to(dtype) @ k.transpose(2, 3) * q.shape[3] ** -0.5).to(dtype)
+    weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1) * kept
+    return weights.to(dtype) @ v
 
 
 # The last one leaves most keys unseen, whose rows of k and v are not gathered.
@@ -50,9 +56,13 @@ def test_dynamic_masks(length, keep, dim):
     group = heads // kv_heads
     if allowed.shape[1] > 1:
         allowed = allowed.repeat_interleave(group, 1)
-    bias = scores.exp().repeat_interleave(group, 1)[:, :, None]
-    expected = weighed(q, k, v, lambda logits: logits + bias, allowed=allowed)
-    close((out, *found), (expected, *torch.autograd.grad(expected, leaves, dout.double())))
+
+    def definition(dtype):
+        scores = dynamic_masks._scores(v, dt_proj, A)
+        bias = scores.exp().repeat_interleave(group, 1)[:, :, None]
+        return weighed(dtype, q, k, v, lambda logits: logits + bias.to(dtype), allowed=allowed)
+
+    check((out, *found), leaves, dout, definition)
 
 
 def test_flashmask_with_dropout():
@@ -68,5 +78,8 @@ def test_flashmask_with_dropout():
     kept = torch.from_numpy(kept).to(DEVICE) / (1 - p)
     allowed = torch.ones(length, length, dtype=torch.bool, device=DEVICE).tril()
     q, k, v = (x.transpose(1, 2) for x in leaves)
-    expected = weighed(q, k, v, lambda x: x, kept, allowed).transpose(1, 2)
-    close((out, *found), (expected, *torch.autograd.grad(expected, leaves, dout.double())))
+
+    def definition(dtype):
+        return weighed(dtype, q, k, v, lambda x: x, kept, allowed).transpose(1, 2)
+
+    check((out, *found), leaves, dout, definition)

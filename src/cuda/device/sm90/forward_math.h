@@ -152,7 +152,14 @@ struct MathWarp {
                                               int first_column, bool last) {
     ptx::pin(tile.scores);
     release_keys(last);
-    if constexpr (C.has(kSoftcap)) cap_scores_fast(p.scores.cap, tile.scores);
+    if constexpr (C.has(kSoftcap)) {
+      // Wide tiles of shallow heads have no register to spare, and wait for exp2 already.
+      if constexpr (C.columns <= 128) {
+        cap_scores_fast(p.scores.cap, tile.scores);
+      } else {
+        cap_scores(p.scores.cap, tile.scores);
+      }
+    }
     if constexpr (kBiased && !kBiasFirst) {
       ptx::pin(tile.scores);
       give_biases<true>(tile, mask, first_column);
