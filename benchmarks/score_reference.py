@@ -34,6 +34,8 @@ def dropped(
 
 
 def _threshold(p: float) -> int:
+    if 1 / 64 <= p <= 63 / 64:
+        return int(p * 256 + 0.5) * 256
     return min(int(p * 65536 + 0.5), 65535)
 
 

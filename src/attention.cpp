@@ -38,13 +38,14 @@ struct Lowered {
 // The plan in the caller's buffer, or (CPU) one made for this call.
 class CallPlan {
  public:
-  CallPlan(const Mask& mask, const Problem& problem, const void* buffer, int64_t bytes) {
+  CallPlan(const Mask& mask, const Problem& problem, const void* buffer, int64_t bytes,
+           Passes passes) {
     const Lowered lowered(mask, problem);
     if (buffer == nullptr && on_cuda(problem) && lowered.bytes() > 0) {
       throw InvalidValue("plan is missing: a CUDA call needs one");
     }
     if (buffer == nullptr && !on_cuda(problem)) {
-      own_.emplace(mask, problem);
+      own_.emplace(mask, problem, passes);
       buffer = own_->buffer();
       bytes = own_->bytes();
     }
@@ -73,8 +74,8 @@ int64_t plan_bytes(const Mask& mask, const Problem& problem) {
   return Lowered(mask, problem).bytes();
 }
 
-void build_plan(const Mask& mask, const Problem& problem, void* buffer, int64_t bytes,
-                void* stream) {
+void build_plan(const Mask& mask, const Problem& problem, void* buffer, int64_t bytes, void* stream,
+                Passes passes) {
   const Lowered lowered(mask, problem);
   if (bytes < lowered.bytes()) {
     throw InvalidValue("buffer has " + std::to_string(bytes) + " bytes; this plan needs " +
@@ -83,7 +84,8 @@ void build_plan(const Mask& mask, const Problem& problem, void* buffer, int64_t 
   if (reinterpret_cast<uintptr_t>(buffer) % 256 != 0) {
     throw InvalidValue("buffer must be aligned to 256 bytes");
   }
-  const plan::Plan plan = plan::view(lowered.program, lowered.shapes, buffer);
+  plan::Plan plan = plan::view(lowered.program, lowered.shapes, buffer);
+  if (passes == Passes::forward) plan = plan::forward_only(plan);
   if (on_cuda(problem)) {
     cuda::build_plan(lowered.program, plan, static_cast<char*>(buffer) + lowered.plan_bytes,
                      problem, stream);
@@ -92,10 +94,10 @@ void build_plan(const Mask& mask, const Problem& problem, void* buffer, int64_t 
   }
 }
 
-Plan::Plan(Mask mask, const Problem& problem)
+Plan::Plan(Mask mask, const Problem& problem, Passes passes)
     : mask_(std::move(mask)), problem_(problem), bytes_(plan_bytes(mask_, problem)) {
   buffer_.reset(::operator new (static_cast<size_t>(bytes_), std::align_val_t{256}));
-  build_plan(mask_, problem_, buffer_.get(), bytes_);
+  build_plan(mask_, problem_, buffer_.get(), bytes_, nullptr, passes);
 }
 
 void Plan::Free::operator()(void* buffer) const {
@@ -119,7 +121,7 @@ void attention_forward(const ForwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_forward(args, problem);
   const double scale = check_scale(args.scale, problem);
-  const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
+  const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes, Passes::forward);
   if (on_cuda(problem)) return cuda::forward(args, problem, plan.get(), scale);
   cpu::forward({.q = args.q,
                 .k = args.k,
@@ -136,7 +138,7 @@ void attention_backward(const BackwardArgs& args) {
   const Problem problem = check_inputs(args.q, args.k, args.v);
   check_backward(args, problem);
   const double scale = check_scale(args.scale, problem);
-  const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes);
+  const CallPlan plan(args.mask, problem, args.plan, args.plan_bytes, Passes::both);
   if (on_cuda(problem)) return cuda::backward(args, problem, plan.get(), scale);
   cpu::backward({.q = args.q,
                  .k = args.k,

@@ -130,6 +130,13 @@ anymask_status anymask_build_plan(const anymask_mask* mask, const anymask_proble
       [&] { build_plan(mask_from(*mask), problem_from(*problem), buffer, bytes, stream); });
 }
 
+anymask_status anymask_build_forward_plan(const anymask_mask* mask, const anymask_problem* problem,
+                                          void* buffer, int64_t bytes, void* stream) {
+  return guarded([&] {
+    build_plan(mask_from(*mask), problem_from(*problem), buffer, bytes, stream, Passes::forward);
+  });
+}
+
 anymask_status anymask_forward_workspace_bytes(const anymask_mask* mask,
                                                const anymask_problem* problem, int64_t* bytes) {
   return guarded(

@@ -57,6 +57,8 @@ TEST(CApi, StatisticsOfACausalMask) {
   int64_t bytes = 0;
   ASSERT_EQ(anymask_plan_bytes(&mask, &problem, &bytes), ANYMASK_OK);
   EXPECT_GT(bytes, 0);
+  EXPECT_EQ(anymask_build_forward_plan(&mask, &problem, nullptr, bytes - 1, nullptr),
+            ANYMASK_INVALID_VALUE);
 }
 
 TEST(CApi, ErrorsComeAsStatusAndMessagePerThread) {

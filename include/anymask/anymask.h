@@ -147,6 +147,10 @@ ANYMASK_API anymask_status anymask_plan_bytes(const anymask_mask* mask,
 ANYMASK_API anymask_status anymask_build_plan(const anymask_mask* mask,
                                               const anymask_problem* problem, void* buffer,
                                               int64_t bytes, void* stream);
+/* The same for forward calls alone, in less time. */
+ANYMASK_API anymask_status anymask_build_forward_plan(const anymask_mask* mask,
+                                                      const anymask_problem* problem, void* buffer,
+                                                      int64_t bytes, void* stream);
 
 /* Scratch memory of a CUDA call, 256-byte aligned (0 on the CPU). The backward pass's depends on
  * types and shapes of score options and their gradients; NULL: none. */

@@ -25,8 +25,8 @@ struct ScoreOptions {
   Tensor sink;         // [Hq], finite or -inf
   Tensor seed_offset;  // i64 [2] on q's device, contiguous; needed where dropout_p > 0
   double softcap = 0;
-  // Rounded to a multiple of 1 / 65536. Which pairs are dropped is a function of seed, offset,
-  // batch entry, query head, row and key alone (src/rules/philox.h).
+  // Rounded to a multiple of 1 / 256 (near 0 and 1: of 1 / 65536). Which pairs are dropped is a
+  // function of seed, offset, batch entry, query head, row and key alone (src/rules/philox.h).
   double dropout_p = 0;
 };
 

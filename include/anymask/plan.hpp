@@ -12,15 +12,18 @@ namespace anymask {
 // Bytes of the buffer that a plan of `mask` for `problem` needs; from shapes alone.
 int64_t plan_bytes(const Mask& mask, const Problem& problem);
 
+// What a plan is good for. Without what the backward pass needs it is made in less time.
+enum class Passes { forward, both };
+
 // Fills `buffer` (plan_bytes long, 256-byte aligned, on the problem's device). On CUDA the work is
 // queued on `stream` (a CUstream) without host synchronisation.
 void build_plan(const Mask& mask, const Problem& problem, void* buffer, int64_t bytes,
-                void* stream = nullptr);
+                void* stream = nullptr, Passes passes = Passes::both);
 
 // A plan that owns its buffer, for CPU problems. Keeps the mask's views, not their memory.
 class Plan {
  public:
-  Plan(Mask mask, const Problem& problem);
+  Plan(Mask mask, const Problem& problem, Passes passes = Passes::both);
 
   const Mask& mask() const { return mask_; }
   const Problem& problem() const { return problem_; }

@@ -24,6 +24,7 @@ _TYPES = {
 _PROTOTYPES = {
     "anymask_plan_bytes": "ppp",
     "anymask_build_plan": "pppqp",
+    "anymask_build_forward_plan": "pppqp",
     "anymask_forward_workspace_bytes": "ppp",
     "anymask_backward_workspace_bytes": "ppippp",
     "anymask_attention_forward": "p",

@@ -62,13 +62,14 @@ def _bytes_of_plan(mask: bytes, problem: bytes) -> int:
     return size.value
 
 
-def _build(mask: bytes, problem: bytes, device: torch.device) -> Tensor:
+def _build(
+    mask: bytes, problem: bytes, device: torch.device, forward_only: bool = False
+) -> Tensor:
     buffer = _aligned_bytes(_bytes_of_plan(mask, problem), device)
-    check(
-        library().anymask_build_plan(
-            mask, problem, buffer.data_ptr(), buffer.numel(), _stream(device)
-        )
-    )
+    build = library().anymask_build_plan
+    if forward_only:
+        build = library().anymask_build_forward_plan
+    check(build(mask, problem, buffer.data_ptr(), buffer.numel(), _stream(device)))
     return buffer
 
 
@@ -113,7 +114,7 @@ def _tail(
             return (0, 0, scale, 0, 0, 0), None
         return (plan.data_ptr(), plan.numel(), scale, 0, 0, 0), plan
     problem = _problem(q, k, v)
-    plan = _build(mask, problem, q.device) if plan is None else plan
+    plan = _build(mask, problem, q.device, deterministic is None) if plan is None else plan
     work = _scratch(mask, problem, q.device, deterministic, scores)
     stream = _stream(q.device)
     values = (plan.data_ptr(), plan.numel(), scale, stream, work.data_ptr(), work.numel())

@@ -53,7 +53,7 @@ def attention(
         layout: "bshd", or "bhsd" for q, k, v and the result as [batch, heads, length, head_dim].
         return_lse: also return the logarithm of each query's sum of exponentials.
         deterministic: bitwise reproducible gradients (on the CPU they always are).
-        dropout_p: the probability, to a multiple of 1 / 65536, that a weight becomes 0; the others
+        dropout_p: the probability, to a multiple of 1 / 256, that a weight becomes 0; the others
             are divided by 1 - dropout_p.
         seed: what decides which: an integer, or int64 [2] (seed, offset) on q's device, which needs
             no synchronisation; the same seed drops the same pairs on every device. None: drawn from

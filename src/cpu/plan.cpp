@@ -230,10 +230,11 @@ void build_plan(const Program& lowered, const plan::Plan& plan) {
     Program unordered = plan.program;
     unordered.key_order = nullptr;
     order_keys(unordered, plan.forward_rows.shape.columns,
-               const_cast<int32_t*>(plan.program.key_order));
+               const_cast<int32_t*>(plan.program.key_order), plan.seen_keys);
   }
   build_row_map(plan.program, plan.forward_rows);
   count_and_order(plan.program, plan.forward_rows);
+  if (plan.backward_columns.visible == nullptr) return;
   const bool shared = plan.backward_rows.visible == plan.forward_rows.visible;
   if (!shared) {
     build_row_map(plan.program, plan.backward_rows);

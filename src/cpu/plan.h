@@ -6,7 +6,8 @@
 
 namespace anymask::cpu {
 
-// Fills everything that `plan` points to. `lowered` is the program with its dense leaves unpacked.
+// Fills everything that `plan` points to (see plan::forward_only). `lowered` is the program with
+// its dense leaves unpacked.
 void build_plan(const rules::Program& lowered, const plan::Plan& plan);
 
 // The exact class of one tile: rules::tile_class, then the bits where it says `some`.

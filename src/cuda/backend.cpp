@@ -48,11 +48,10 @@ Tensor ordered_like(const Tensor& t, Workspace& workspace) {
                 {t.shape[0], t.shape[1], t.shape[2], t.shape[3]}, t.device);
 }
 
-Tensor gathered(const Tensor& t, const rules::Program& program, Workspace& workspace,
-                CuStream stream) {
-  if (program.key_order == nullptr) return t;
+Tensor gathered(const Tensor& t, const plan::Plan& plan, Workspace& workspace, CuStream stream) {
+  if (plan.program.key_order == nullptr) return t;
   const Tensor ordered = ordered_like(t, workspace);
-  gather_keys(t, ordered, program, stream);
+  gather_keys(t, ordered, plan, stream);
   return ordered;
 }
 
@@ -98,8 +97,8 @@ void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& 
   ForwardCall call{};
   call.workspace = workspace.take(kForwardWorkspaceBytes);
   call.q = args.q;
-  call.k = gathered(args.k, plan.program, workspace, stream);
-  call.v = gathered(args.v, plan.program, workspace, stream);
+  call.k = gathered(args.k, plan, workspace, stream);
+  call.v = gathered(args.v, plan, workspace, stream);
   call.out = args.out;
   call.lse = args.lse;
   call.program = &plan.program;
@@ -119,8 +118,8 @@ void backward(const BackwardArgs& args, const Problem& problem, const plan::Plan
   call.workspace = workspace.take(backward_workspace(
       problem, args.deterministic, {args.scores, args.dkey_bias, args.dbias, args.dsink}));
   call.q = args.q;
-  call.k = gathered(args.k, plan.program, workspace, stream);
-  call.v = gathered(args.v, plan.program, workspace, stream);
+  call.k = gathered(args.k, plan, workspace, stream);
+  call.v = gathered(args.v, plan, workspace, stream);
   call.out = args.out;
   call.lse = args.lse;
   call.dout = args.dout;

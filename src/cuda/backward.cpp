@@ -28,6 +28,9 @@ constexpr KernelFamily kMain =
     family("backward", "cuda/device/sm90/backward.h", "anymask::cuda::backward_kernel", true);
 constexpr KernelFamily kFinish = family("backward_finish", "cuda/device/sm90/backward_finish.h",
                                         "anymask::cuda::backward_finish_kernel", false);
+constexpr KernelFamily kKeyFinish =
+    family("backward_key_finish", "cuda/device/sm90/backward_key_sums.h",
+           "anymask::cuda::backward_key_finish_kernel", false);
 constexpr int kPrepareThreads = 256;
 
 // ---- variants -----------------------------------------------------------------------------------
@@ -36,7 +39,7 @@ constexpr int kSharedBytes = 227 * 1024;  // of a block
 
 // docs/kernels/backward.md has the reasons.
 constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                 bool chained, int32_t features = 0) {
+                                 bool chained, int32_t features = 0, bool split_groups = false) {
   BackwardConfig c{};
   c.half = half;
   c.chained = chained;
@@ -68,6 +71,8 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   // A second place for K lets the next item's first product run while dK is being stored.
   c.k_stages = 2;
   c.q_stages = 3;
+  // Chained, and with the gradients of biases, an item has all query heads of a group.
+  c.adds_keys = split_groups && !chained && features == 0;
   const int total = c.depth + c.value_depth;
   c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
   c.query_registers = total == 256 ? 72 : total == 192 ? 80 : 96;
@@ -122,26 +127,54 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
   config.family = &family;
   config.values = {c.half,      c.depth,          c.value_depth,     c.wide,           c.k_stages,
                    c.q_stages,  c.o_stages,       c.slope_slots,     c.chained,        c.bit_slots,
-                   c.mask_path, c.math_registers, c.query_registers, c.load_registers, c.features};
-  config.count = 15;
-  config.threads = &family == &kFinish ? 128 * c.parts() : main ? c.threads() : kPrepareThreads;
+                   c.mask_path, c.math_registers, c.query_registers, c.load_registers, c.adds_keys,
+                   c.features};
+  config.count = 16;
+  config.threads = &family == &kKeyFinish ? 256
+                   : &family == &kFinish  ? 128 * c.parts()
+                   : main                 ? c.threads()
+                                          : kPrepareThreads;
   config.shared_bytes = main ? c.shared_bytes() : 0;
   return config;
 }
-static_assert(sizeof(BackwardConfig) == 15 * sizeof(int32_t));
+static_assert(sizeof(BackwardConfig) == 16 * sizeof(int32_t));
 
 // ---- workspace ----------------------------------------------------------------------------------
 
+int64_t row_tiles_of(int64_t q_len) { return (q_len + kBackwardRows - 1) / kBackwardRows; }
+
+int64_t key_tiles_of(int64_t kv_len, const BackwardConfig& c) {
+  return (kv_len + c.columns() - 1) / c.columns();
+}
+
+// Whether a group's query heads are items of their own: where Q, dO and the float32 dQ of a group,
+// for the two pairs that run at a time, do not fit L2 (50 MiB on the smallest Hopper; the size of
+// the workspace must not depend on the GPU).
+bool splits_groups(const Problem& problem) {
+  constexpr int64_t kL2Bytes = 50 << 20;
+  const int64_t group = problem.q_heads / problem.kv_heads;
+  const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
+  return group > 1 && 2 * bytes > kL2Bytes;
+}
+
 struct Workspace {
   int64_t q_sums, stats, turns, next_item;   // offsets
+  int64_t k_sums, v_sums, key_sum_bytes;     // of dK and dV together
   int64_t row_numbers, key_sums, pair_sums;  // of score options
   int64_t bytes;                             // the size of all
 
-  Workspace(int64_t row_tiles, const BackwardConfig& c, const ScoreGradients& gradients) {
+  Workspace(const Problem& problem, const BackwardConfig& c, const ScoreGradients& gradients) {
+    const int64_t row_tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
+    const int64_t keys = c.adds_keys == 0 ? 0
+                                          : problem.batch * problem.kv_heads * c.columns() *
+                                                key_tiles_of(problem.kv_len, c);
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.chained != 0 ? row_tiles * 8 : 0);
     next_item = take(4);
+    k_sums = take(keys * c.depth * 4);
+    v_sums = take(keys * c.value_depth * 4);
+    key_sum_bytes = keys * (c.depth + c.value_depth) * 4;
     row_numbers = take(gradients.row_numbers() ? row_tiles * kBackwardRows * 8 : 0);
     key_sums = take(gradients.key_bytes());
     pair_sums = take(gradients.pair_bytes());
@@ -156,8 +189,6 @@ struct Workspace {
   }
   int64_t used_ = 0;
 };
-
-int64_t row_tiles_of(int64_t q_len) { return (q_len + kBackwardRows - 1) / kBackwardRows; }
 
 // ---- parameters ---------------------------------------------------------------------------------
 
@@ -176,8 +207,10 @@ struct Chunks {
   // heaviest first only balances where there is something to sort (causal, S = 8192, B = 4: 525 ->
   // 548 TFLOP/s). With grouped heads items are so heavy that this goes for all (458 -> 530).
   // Chained, blocks of a pair have to run together.
-  Chunks(const Problem& problem, const Gpu& gpu, int64_t pairs, int64_t key_tiles, bool chained) {
-    const int64_t group = problem.q_heads / problem.kv_heads;
+  Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& gpu, int64_t pairs,
+         int64_t key_tiles) {
+    const bool chained = config.chained != 0;
+    const int64_t group = config.adds_keys != 0 ? 1 : problem.q_heads / problem.kv_heads;
     const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
     const int64_t enough =
         chained ? 1
@@ -257,11 +290,11 @@ plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
 }
 
 int64_t backward_workspace(const Problem& problem, bool deterministic, const ScoreCall& scores) {
-  const int64_t tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
-  return Workspace(
-             tiles,
-             variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns, deterministic),
-             ScoreGradients(scores, problem))
+  const ScoreGradients gradients(scores, problem);
+  return Workspace(problem,
+                   variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
+                           deterministic, gradients.features(), splits_groups(problem)),
+                   gradients)
       .bytes;
 }
 
@@ -288,8 +321,8 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
                          : recipe.bits >= 0            ? MaskPath::kRecipe
                                                        : MaskPath::kRuns;
   const bool chained = call.deterministic;
-  const BackwardConfig config =
-      variant(problem.head_dim, problem.v_head_dim, half, masks, chained, gradients.features());
+  const BackwardConfig config = variant(problem.head_dim, problem.v_head_dim, half, masks, chained,
+                                        gradients.features(), splits_groups(problem));
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
@@ -298,17 +331,20 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
 
   BackwardParams params = params_of(call, problem, config);
   char* workspace = static_cast<char*>(call.workspace);
-  const Workspace layout(tiles, config, gradients);
+  const Workspace layout(problem, config, gradients);
   params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
   params.stats = reinterpret_cast<uint16_t*>(workspace + layout.stats);
   params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
   params.next_item = reinterpret_cast<int32_t*>(workspace + layout.next_item);
+  params.k_sums = reinterpret_cast<float*>(workspace + layout.k_sums);
+  params.v_sums = reinterpret_cast<float*>(workspace + layout.v_sums);
   params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
   params.key_sums = reinterpret_cast<float*>(workspace + layout.key_sums);
   gradients.set(params, reinterpret_cast<float*>(workspace + layout.pair_sums), call.scale,
                 call.program->key_order != nullptr);
-  const auto clear_counter = [&] {
-    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(params.next_item), 0, 1, stream),
+  const auto clear = [&](void* from, int64_t bytes) {
+    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(from), 0,
+                                    static_cast<size_t>(bytes / 4), stream),
           "cuMemsetD32Async");
   };
 
@@ -316,25 +352,32 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   if (tiles > 0) {
     launch(prepare, row_tiles, stream, params);
   } else {
-    clear_counter();
+    clear(params.next_item, 4);
   }
+  if (layout.key_sum_bytes > 0) clear(params.k_sums, layout.key_sum_bytes);
   gradients.begin(params, ordinal, stream);
   for (const PairRound& round : gradients.rounds()) {
     const int64_t key_tiles = call.columns.outer_tiles;
-    const Chunks chunks(problem, gpu(ordinal), round.count, key_tiles, chained);
+    const int64_t pairs = config.adds_keys != 0 ? problem.batch * problem.q_heads : round.count;
+    const Chunks chunks(problem, config, gpu(ordinal), pairs, key_tiles);
     params.chunk = static_cast<int32_t>(chunks.size);
     params.tail = static_cast<int32_t>(chunks.tail);
-    params.pairs = round.count;
+    params.pairs = static_cast<int32_t>(pairs);
     params.first_pair = round.first;
     params.pair_step = round.step;
-    params.items = checked_count(round.count * key_tiles, "key tiles");
+    params.items = checked_count(pairs * key_tiles, "key tiles");
     if (params.items == 0) break;
-    if (round.first > 0) clear_counter();
+    if (round.first > 0) clear(params.next_item, 4);
     const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
     launch(main, {static_cast<uint32_t>(blocks)}, stream, params);
   }
   if (tiles > 0 && config.chained == 0) {
     launch(kernel(kernel_config(kFinish, config), ordinal), row_tiles, stream, params);
+  }
+  if (layout.key_sum_bytes > 0) {
+    const auto blocks = static_cast<uint32_t>(problem.batch * problem.kv_heads *
+                                              key_tiles_of(problem.kv_len, config));
+    launch(kernel(kernel_config(kKeyFinish, config), ordinal), {blocks}, stream, params);
   }
   gradients.end(params, ordinal, stream);
 }
@@ -352,11 +395,16 @@ std::vector<KernelConfig> backward_kernels() {
         for (const MaskPath masks :
              {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine, MaskPath::kBaked}) {
           all.push_back(kernel_config(kMain, variant(depth, value_depth, half, masks, chained)));
+          if (!chained && depth <= 128) {
+            all.push_back(
+                kernel_config(kMain, variant(depth, value_depth, half, masks, false, 0, true)));
+          }
         }
         const BackwardConfig c = variant(depth, value_depth, half, MaskPath::kRuns, chained);
         all.push_back(kernel_config(kPrepare, c));
         all.push_back(kernel_config(kPrepare, c, true));
         if (!chained) all.push_back(kernel_config(kFinish, c));
+        if (!chained && depth <= 128) all.push_back(kernel_config(kKeyFinish, c));
         for (const int32_t features : kShippedFeatures) {
           if (chained && features == (kSoftcap | kDropout)) continue;
           all.push_back(kernel_config(

@@ -27,12 +27,13 @@ KernelConfig config() {
 
 }  // namespace
 
-void gather_keys(const Tensor& from, const Tensor& to, const rules::Program& program,
-                 CuStream stream) {
+void gather_keys(const Tensor& from, const Tensor& to, const plan::Plan& plan, CuStream stream) {
+  const rules::Program& program = plan.program;
   GatherKeysParams params{};
   params.from = from.data;
   params.to = to.data;
   params.order = program.key_order;
+  params.seen_keys = plan.seen_keys;
   std::copy_n(from.stride, 3, params.from_stride);
   std::copy_n(to.stride, 3, params.to_stride);
   params.row_pieces = static_cast<int32_t>(from.shape[3] / 8);

@@ -5,14 +5,14 @@
 
 #include "anymask/types.hpp"
 #include "cuda/kernel.h"
-#include "rules/program.h"
+#include "plan/view.h"
 
 namespace anymask::cuda {
 
-// Copies all rows of `from` [batch, kv_len, kv_heads, depth] (16-bit elements; rows on 16 bytes)
-// into the contiguous `to` of the same shape. `program` has a key order.
-void gather_keys(const Tensor& from, const Tensor& to, const rules::Program& program,
-                 CuStream stream);
+// Copies rows of `from` [batch, kv_len, kv_heads, depth] (16-bit elements; rows on 16 bytes) into
+// the contiguous `to` of the same shape: those of all tiles that hold a key that some row sees.
+// `plan` has a key order.
+void gather_keys(const Tensor& from, const Tensor& to, const plan::Plan& plan, CuStream stream);
 
 std::vector<KernelConfig> gather_keys_kernels();
 

@@ -19,12 +19,15 @@ constexpr KernelFamily kPack =
 constexpr KernelFamily kSeeKeys =
     family("plan_see_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
            "anymask::cuda::see_keys", sizeof(KeyOrderParams));
+constexpr KernelFamily kCollectKeys =
+    family("plan_collect_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::collect_keys", sizeof(KeyOrderParams));
 constexpr KernelFamily kSortKeys =
     family("plan_sort_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
            "anymask::cuda::sort_keys", sizeof(KeyOrderParams));
-constexpr KernelFamily kGroupKeys =
-    family("plan_group_keys", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
-           "anymask::cuda::group_keys", sizeof(KeyOrderParams));
+constexpr KernelFamily kHalveGroups =
+    family("plan_halve_groups", "cuda/device/key_order.h", nullptr, "anymask::cuda::KeyOrderParams",
+           "anymask::cuda::halve_groups", sizeof(KeyOrderParams));
 constexpr KernelFamily kClassify =
     family("plan_classify", "cuda/device/plan.h", nullptr, "anymask::cuda::ClassifyParams",
            "anymask::cuda::classify", sizeof(ClassifyParams));
@@ -54,8 +57,9 @@ KernelConfig pack_config(int bytes, bool quads) {
   return config;
 }
 KernelConfig see_keys_config() { return config_of(kSeeKeys, kSeeThreads); }
+KernelConfig collect_keys_config() { return config_of(kCollectKeys, kSeeThreads); }
 KernelConfig sort_keys_config() { return config_of(kSortKeys, kSortThreads); }
-KernelConfig group_keys_config() { return config_of(kGroupKeys, kSortThreads); }
+KernelConfig halve_groups_config() { return config_of(kHalveGroups, kSortThreads); }
 // Two blocks a multiprocessor: its loads wait for each other, so warps count more than registers.
 KernelConfig classify_config() { return config_of(kClassify, kClassifyThreads, 2); }
 KernelConfig count_config() { return config_of(kCount, 32 * kOrderWarps); }
@@ -78,11 +82,6 @@ bool reads_every_pair(const rules::Program& program) {
   return std::any_of(program.nodes, program.nodes + program.count, [](const rules::Node& node) {
     return node.op == rules::Op::kBits || node.op == rules::Op::kDense;
   });
-}
-
-// Places that have an order of keys of their own.
-int64_t orders_of(const rules::Program& program) {
-  return int64_t{program.batches} * (program.heads / program.order_divisor);
 }
 
 class Steps {
@@ -115,24 +114,28 @@ class Steps {
         shape.batches * shape.heads * shape.row_words * params.column_blocks, params);
   }
 
-  // The order of keys. `program`: dense leaves packed.
-  void order_keys(const rules::Program& program, int tile_columns, void* scratch) {
+  // The order of keys. `plan`: dense leaves packed.
+  void order_keys(const plan::Plan& plan, void* scratch) {
+    const rules::Program& program = plan.program;
+    const int tile_columns = plan.forward_rows.shape.columns;
     KeyOrderParams params{};
     params.program = program;
     params.program.key_order = nullptr;
     params.tile_columns = tile_columns;
     params.key_blocks = ceil_div(program.kv_len, kSeeThreads);
     params.most_groups = rules::group_count(program.kv_len, tile_columns);
-    const int64_t places = orders_of(program);
+    const int64_t places = plan::orders(program);
     const int64_t keys = places * program.kv_len;
     params.items = static_cast<uint64_t*>(scratch);
     params.seen = reinterpret_cast<rules::KeyRows*>(params.items + 2 * keys);
-    params.seen_keys = reinterpret_cast<int32_t*>(params.seen + keys);
+    params.block_keys = reinterpret_cast<int32_t*>(params.seen + keys);
+    params.seen_keys = plan.seen_keys;
     params.order = const_cast<int32_t*>(program.key_order);
     if (keys == 0) return;
     add(see_keys_config(), places * params.key_blocks, params);
+    add(collect_keys_config(), places * params.key_blocks, params);
     add(sort_keys_config(), places, params);
-    add(group_keys_config(), places * (params.most_groups + 1), params);
+    add(halve_groups_config(), places * params.most_groups, params);
   }
 
   // A row map, a column map or both of one shape, for the next classify().
@@ -157,9 +160,10 @@ class Steps {
     }
   }
 
-  // The bitmaps of all maps. `program`: dense leaves packed.
-  void classify(const rules::Program& program) {
-    classify_.program = program;
+  // The bitmaps of all maps. `plan`: dense leaves packed.
+  void classify(const plan::Plan& plan) {
+    classify_.program = plan.program;
+    classify_.seen_keys = plan.seen_keys;
     int64_t blocks = 0;
     for (const ClassifyPass& pass : classify_.passes) blocks += pass.blocks;
     add(classify_config(), blocks, classify_);
@@ -211,7 +215,8 @@ class Steps {
 int64_t plan_scratch_bytes(const rules::Program& lowered) {
   if (lowered.reorder_keys == 0) return 0;
   constexpr int64_t kBytesOfKey = 2 * sizeof(uint64_t) + sizeof(rules::KeyRows);
-  return orders_of(lowered) * (lowered.kv_len * kBytesOfKey + int64_t{sizeof(int32_t)});
+  const int64_t block_keys = ceil_div(lowered.kv_len, kSeeThreads) * int64_t{sizeof(int32_t)};
+  return plan::orders(lowered) * (lowered.kv_len * kBytesOfKey + block_keys);
 }
 
 std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan& plan,
@@ -222,14 +227,15 @@ std::vector<PlanStep> plan_steps(const rules::Program& lowered, const plan::Plan
     if (node.op == rules::Op::kDense) steps.pack(node, plan.program.nodes[i]);
   }
   if (plan.program.key_order != nullptr) {
-    steps.order_keys(plan.program, plan.forward_rows.shape.columns, scratch);
+    steps.order_keys(plan, scratch);
   }
   // With one tile shape for both passes the two row maps are the same memory.
   if (plan.forward_rows.visible != plan.backward_rows.visible) {
     steps.add_maps(plan.program, &plan.forward_rows, nullptr);
   }
-  steps.add_maps(plan.program, &plan.backward_rows, &plan.backward_columns);
-  steps.classify(plan.program);
+  const bool columns = plan.backward_columns.visible != nullptr;
+  steps.add_maps(plan.program, &plan.backward_rows, columns ? &plan.backward_columns : nullptr);
+  steps.classify(plan);
   steps.order();
   if (plan.forward_rows.baked != nullptr) {
     steps.bake(plan.program, plan.forward_rows, plan.backward_columns);
@@ -247,9 +253,10 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
 }
 
 std::vector<KernelConfig> plan_kernels() {
-  std::vector<KernelConfig> kernels = {classify_config(), count_config(),      order_config(),
-                                       see_keys_config(), sort_keys_config(),  group_keys_config(),
-                                       bake_config(),     pack_config(1, true)};
+  std::vector<KernelConfig> kernels = {
+      classify_config(),     count_config(),        order_config(),
+      see_keys_config(),     collect_keys_config(), sort_keys_config(),
+      halve_groups_config(), bake_config(),         pack_config(1, true)};
   for (const int bytes : {1, 2, 4, 8}) kernels.push_back(pack_config(bytes, false));
   return kernels;
 }

@@ -57,6 +57,7 @@ CapCurve cap_curve(double scale, double softcap) {
                                 -0.043299862941339494, 0.00836588618654383};
   const double factor = scale / std::max(softcap, kLeastFactor);
   CapCurve curve{};
+  curve.factor = static_cast<float>(factor);
   double power = factor;
   for (int i = 0; i < 5; ++i, power *= factor * factor) {
     curve.terms[i] = static_cast<float>(kTerms[i] * power);

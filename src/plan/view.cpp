@@ -84,7 +84,8 @@ void carve_baked(Carver& carver, const rules::Program& program, TileMap& rows, T
 }
 
 Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shapes) {
-  Plan plan{.program = lowered, .forward_rows = {}, .backward_rows = {}, .backward_columns = {}};
+  Plan plan{};
+  plan.program = lowered;
   plan.forward_rows = carve_map(carver, lowered, shapes.forward, true);
   const bool shared = shapes.forward.rows == shapes.backward.rows &&
                       shapes.forward.columns == shapes.backward.columns;
@@ -92,8 +93,8 @@ Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shap
       shared ? plan.forward_rows : carve_map(carver, lowered, shapes.backward, true);
   plan.backward_columns = carve_map(carver, lowered, shapes.backward, false);
   if (lowered.reorder_keys != 0) {
-    plan.program.key_order =
-        carver.take<int32_t>(places(lowered) / lowered.order_divisor * lowered.kv_len);
+    plan.program.key_order = carver.take<int32_t>(orders(lowered) * lowered.kv_len);
+    plan.seen_keys = carver.take<int32_t>(orders(lowered));
   }
   for (int32_t i = 0; i < lowered.count; ++i) {
     if (lowered.nodes[i].op == rules::Op::kDense) {
@@ -117,6 +118,12 @@ PackedShape packed_shape(const rules::Program& program, const rules::Node& dense
 Plan view(const rules::Program& lowered, const TileShapes& shapes, void* buffer) {
   Carver carver(buffer);
   return carve(carver, lowered, shapes);
+}
+
+Plan forward_only(Plan plan) {
+  plan.backward_rows = plan.forward_rows;
+  plan.backward_columns = {};
+  return plan;
 }
 
 int64_t bytes_needed(const rules::Program& lowered, const TileShapes& shapes) {

@@ -116,13 +116,41 @@ ANYMASK_RULE KeyRows rows_of_order(const Program& program, int batch, int order_
   return {min_of(all.first, program.q_len), all.last};
 }
 
-// Seen keys are sorted by last row in sqrt(tiles) groups of sqrt(tiles) tiles each, rounded to the
-// nearest: a tile then spans about 1 / sqrt(tiles) of the first rows and of the last rows.
+// ---- order --------------------------------------------------------------------------------------
+//
+// Keys that no row sees come last, as they come. The others are sorted by first row, equal ones as
+// they come, and cut into groups of whole tiles. A group is halved at the whole tile at or before
+// its middle by whichever of first and last row spreads wider, and so are its halves, down to
+// single tiles, whose keys are sorted by what would have halved them. Of the pairs in visited tiles
+// (128 keys x 192 rows) so many are allowed: the best 1024 of 32768 keys 70%, random eviction of
+// 8192 83%. Groups by first row of the square root of the tiles, each sorted by last row, had 50%
+// and 83%; along a Hilbert curve it is 65% and 80%.
+
+// Keys of a group at most. Groups exist so that a block on a GPU holds one; 2048 cost 2 of the 70%.
+inline constexpr int kGroupKeys = 4096;
+
+ANYMASK_RULE int tile_count(int keys, int tile_columns) {
+  return (keys + tile_columns - 1) / tile_columns;
+}
+
 ANYMASK_RULE int group_count(int seen_keys, int tile_columns) {
-  const int tiles = (seen_keys + tile_columns - 1) / tile_columns;
-  int groups = 1;
-  while (groups * groups + groups < tiles) ++groups;
-  return groups;
+  return tile_count(tile_count(seen_keys, tile_columns), kGroupKeys / tile_columns);
+}
+
+// Group `group` starts at this position; the group behind the last one at seen_keys.
+ANYMASK_RULE int group_begin(int seen_keys, int tile_columns, int group) {
+  const int64_t tiles = tile_count(seen_keys, tile_columns);
+  const int64_t tile = tiles * group / group_count(seen_keys, tile_columns);
+  return tile == tiles ? seen_keys : static_cast<int>(tile * tile_columns);
+}
+
+// The first tile of the second half.
+ANYMASK_RULE int middle_tile(int begin, int end) { return begin + (end - begin) / 2; }
+
+// Whether a set of keys is halved or sorted by first row, else by last row, equal ones by first
+// row; given its least and its greatest rows.
+ANYMASK_RULE bool halves_by_first(KeyRows least, KeyRows greatest) {
+  return greatest.first - least.first >= greatest.last - least.last;
 }
 
 }  // namespace anymask::rules

@@ -53,11 +53,14 @@ ANYMASK_RULE PhiloxBlock<Words> philox(const PhiloxBlock<Words>& counter, uint32
 
 // ---- dropout ------------------------------------------------------------------------------------
 
-// A pair is dropped with the probability threshold / 65536.
+// A pair is dropped with the probability threshold / 65536. Unless that would be far from what was
+// asked for, it is a multiple of 1 / 256: half of the random bits are needed then.
 inline constexpr uint32_t kDropoutRange = 65536;
 
 // The threshold of p, 0 <= p < 1, to the nearest; never everything.
 ANYMASK_RULE uint32_t dropout_threshold(double p) {
+  constexpr double kFine = 1.0 / 64;
+  if (p >= kFine && p <= 1 - kFine) return static_cast<uint32_t>(p * 256 + 0.5) * 256;
   const auto nearest = static_cast<uint32_t>(p * kDropoutRange + 0.5);
   return nearest < kDropoutRange ? nearest : kDropoutRange - 1;
 }

@@ -206,6 +206,8 @@ inline void expect_same_plan(const Program& host, const plan::TileShapes& shapes
   if (host.reorder_keys != 0) {
     compare("key order", built.plan.program.key_order, places / host.order_divisor * host.kv_len,
             expected.data(), built.content.data(), built.base);
+    compare("seen keys", built.plan.seen_keys, plan::orders(host), expected.data(),
+            built.content.data(), built.base);
   }
   same("forward rows", built.plan.forward_rows);
   same("backward rows", built.plan.backward_rows);
@@ -324,6 +326,16 @@ void check_plans(bool quickly, Build build) {
       expect_same_plan(masks.program, size.shapes, build(masks, size.shapes));
       if (::testing::Test::HasFatalFailure()) return;
     }
+  }
+  {  // several groups of seen keys
+    SCOPED_TRACE("several groups");
+    Masks masks(8, 1, 2, 5000, 14000);
+    masks.intervals(IntervalForm::kRun, true);
+    masks.band(1 << 30, 1000);
+    masks.join(Op::kAnd);
+    masks.program.reorder_keys = 1;
+    const plan::TileShapes shapes = {{192, 128}, {64, 128}};
+    expect_same_plan(masks.program, shapes, build(masks, shapes));
   }
   for (const auto& [q_len, kv_len] : {std::pair{0, 0}, {0, 500}, {500, 0}}) {
     Masks masks(7, 1, 1, q_len, kv_len);

@@ -26,9 +26,12 @@ def weighed(q, k, v, logits_of, kept=1.0, allowed=None):
     return (logits.masked_fill(~allowed, -torch.inf).softmax(-1) * kept) @ v
 
 
-@pytest.mark.parametrize("keep", [100, 1000])
-def test_dynamic_masks(keep):
-    batch, heads, kv_heads, length, dim = 2, 4, 2, 300, 64
+# The last one leaves most keys unseen, whose rows of k and v are not gathered.
+@pytest.mark.parametrize(
+    "length, keep, dim", [(300, 100, 64), (300, 1000, 64), (2500, 40, 64), (2500, 40, 128)]
+)
+def test_dynamic_masks(length, keep, dim):
+    batch, heads, kv_heads = 2, 4, 2
     shapes = [(batch, h, length, dim) for h in (heads, kv_heads, kv_heads)]
     shapes.append((kv_heads, kv_heads * dim))
     leaves = [torch.randn(shape, device=DEVICE).bfloat16() for shape in shapes]

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from checks import assert_close, naive, per_head
-from problem import DEVICE, HALVES, LENGTH, check, gradient_of, inputs
+from problem import DEVICE, HALVES, LENGTH, ON_GPU, check, gradient_of, inputs
 
 EQUAL = [(d, d) for d in (8, 16, 24, 40, 56, 64, 72, 104, 128, 136, 168, 192, 200, 248, 256)]
 DIFFERENT = [(192, 128), (16, 24), (40, 128), (128, 8), (64, 256), (256, 64), (72, 200)]
@@ -61,6 +61,20 @@ def test_grouped_heads(heads, dims):
     q, k, v = inputs(2, m, n, heads, dims)
     check(q, k, v, mask & am.causal(), allowed & reference.causal(m, n))
     check(q, k, v, am.causal(), reference.causal(m, n), deterministic=True)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (64, 128)])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_large_groups(kv_heads, dims):
+    """A group's rows that do not fit L2: its query heads are items of their own, dK and dV sums."""
+    group, m, n = 33 if ON_GPU else 3, LENGTH + 200, LENGTH + 77
+    group *= 1 if dims == (128, 128) else 2
+    rng = np.random.default_rng(14)
+    q, k, v = inputs(1, m, n, (group * kv_heads, kv_heads), dims)
+    check(q, k, v, am.causal(), reference.causal(m, n), with_lse=True)
+    mask, allowed = mask_cases.dense(rng, 1, 1, m, n)
+    check(q, k, v, mask.reordered(), allowed)
+    check(q, k, v, ~am.full(), np.zeros((1, 1, m, n), bool))
 
 
 def test_more_work_than_multiprocessors():

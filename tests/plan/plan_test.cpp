@@ -2,8 +2,8 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
 #include <random>
+#include <tuple>
 #include <vector>
 
 #include "anymask/anymask.hpp"
@@ -12,6 +12,7 @@
 #include "plan/view.h"
 #include "problem.h"
 #include "rules/evaluate.h"
+#include "rules/key_rows.h"
 
 namespace anymask {
 namespace {
@@ -107,37 +108,90 @@ TEST(Plan, RandomIntervalsPerBatchAndHead) {
               small_problem(kRows, kColumns, 2, 4));
 }
 
-// Keys that some row sees come first, in groups by first row, each group sorted by last row.
-TEST(Plan, KeysOfRandomEvictionAreOrdered) {
-  std::mt19937 random(6);
-  constexpr int kLength = 700, kTileKeys = 32;
-  std::vector<int32_t> ends(kLength);
-  for (int j = 0; j < kLength; ++j)
-    ends[static_cast<size_t>(j)] = j + static_cast<int>(random() % 200) - 20;
-  const Mask mask = intervals(Tensor(ends.data(), DType::i32, {1, 1, kLength, 1}), true);
-  expect_plan(mask.reordered(), small_problem(kLength, kLength));
-  const plan::TileShapes shapes{{64, kTileKeys}, {64, kTileKeys}};
-  const Built built(mask.reordered(), small_problem(kLength, kLength), shapes);
+// Rows of a key: [first, last).
+struct Span {
+  int key, first, last;
+};
 
-  std::vector<int> seen, dropped;
-  for (int j = 0; j < kLength; ++j) {
-    (ends[static_cast<size_t>(j)] > j ? seen : dropped).push_back(j);
+// The recursion of rules/key_rows.h, word for word.
+void halve(std::vector<Span>& keys, size_t begin, size_t end, size_t tile_keys) {
+  const auto from = keys.begin() + static_cast<std::ptrdiff_t>(begin);
+  const auto to = keys.begin() + static_cast<std::ptrdiff_t>(end);
+  const auto by_first = [](const Span& a, const Span& b) {
+    return std::tie(a.first, a.key) < std::tie(b.first, b.key);
+  };
+  const auto by_last = [](const Span& a, const Span& b) {
+    return std::tie(a.last, a.first, a.key) < std::tie(b.last, b.first, b.key);
+  };
+  std::sort(from, to, by_last);
+  const int lasts = to[-1].last - from->last;
+  std::vector<Span> sorted(from, to);
+  std::sort(sorted.begin(), sorted.end(), by_first);
+  if (sorted.back().first - sorted.front().first >= lasts) {
+    std::copy(sorted.begin(), sorted.end(), from);
+  }
+  const size_t tiles = (end - begin + tile_keys - 1) / tile_keys;
+  if (tiles == 1) return;
+  halve(keys, begin, begin + tiles / 2 * tile_keys, tile_keys);
+  halve(keys, begin + tiles / 2 * tile_keys, end, tile_keys);
+}
+
+// Keys that some row sees come first, halved by first or last row down to tiles.
+void expect_order(std::vector<int32_t> ends, int tile_keys) {
+  const int length = static_cast<int>(ends.size());
+  const Mask mask = intervals(Tensor(ends.data(), DType::i32, {1, 1, length, 1}), true);
+  const plan::TileShapes shapes{{64, tile_keys}, {64, tile_keys}};
+  const Built built(mask.reordered(), small_problem(length, length), shapes);
+
+  std::vector<Span> seen;
+  std::vector<int> dropped;
+  for (int j = 0; j < length; ++j) {
+    const int last = std::min(ends[static_cast<size_t>(j)], length);
+    if (last > j) {
+      seen.push_back({j, j, last});
+    } else {
+      dropped.push_back(j);
+    }
   }
   ASSERT_GT(dropped.size(), 30u);
-  const int tiles = static_cast<int>(seen.size() + kTileKeys - 1) / kTileKeys;
-  const int groups = static_cast<int>(std::lround(std::sqrt(tiles)));
+  const int tiles = static_cast<int>(seen.size() - 1) / tile_keys + 1;
+  const int groups = (tiles - 1) / (rules::kGroupKeys / tile_keys) + 1;
   for (int g = 0; g < groups; ++g) {
-    const auto at = [&](int part) {
-      return seen.begin() + static_cast<std::ptrdiff_t>(seen.size()) * part / groups;
-    };
-    std::stable_sort(at(g), at(g + 1), [&](int a, int b) {
-      return std::min(ends[static_cast<size_t>(a)], kLength) <
-             std::min(ends[static_cast<size_t>(b)], kLength);
-    });
+    const auto begin = static_cast<size_t>(tiles * g / groups * tile_keys);
+    const auto end = static_cast<size_t>(tiles * (g + 1) / groups * tile_keys);
+    halve(seen, begin, std::min(end, seen.size()), static_cast<size_t>(tile_keys));
   }
-  seen.insert(seen.end(), dropped.begin(), dropped.end());
+  std::vector<int> expected;
+  for (const Span& span : seen) expected.push_back(span.key);
+  expected.insert(expected.end(), dropped.begin(), dropped.end());
   const int32_t* order = built.plan.program.key_order;
-  EXPECT_EQ(std::vector<int>(order, order + kLength), seen);
+  EXPECT_EQ(std::vector<int>(order, order + length), expected);
+}
+
+TEST(Plan, KeysAreOrderedByFirstAndLastRow) {
+  std::mt19937 random(6);
+  std::vector<int32_t> ends(700);
+  for (int j = 0; j < 700; ++j)
+    ends[static_cast<size_t>(j)] = j + static_cast<int>(random() % 200) - 20;
+  expect_order(ends, 32);
+  ends.resize(9800);  // several groups
+  for (int j = 0; j < 9800; ++j)
+    ends[static_cast<size_t>(j)] = j + static_cast<int>(random() % 9000) - 200;
+  expect_order(ends, 128);
+}
+
+TEST(Plan, ForTheForwardPassAlone) {
+  const Problem problem = small_problem(300, 330);
+  const Built both(causal(), problem, kShapes);
+  Built forward(causal(), problem, kShapes);
+  std::fill(forward.memory.begin(), forward.memory.end(), char(0x5a));
+  cpu::build_plan(forward.lowered, plan::forward_only(forward.plan));
+  expect_map(forward, forward.plan.forward_rows, true);
+  EXPECT_EQ(*forward.plan.backward_rows.visible, 0x5a5a5a5au);
+  EXPECT_EQ(*forward.plan.backward_columns.visible, 0x5a5a5a5au);
+  EXPECT_TRUE(std::equal(both.plan.forward_rows.order,
+                         both.plan.forward_rows.order + both.plan.forward_rows.outer_tiles,
+                         forward.plan.forward_rows.order));
 }
 
 TEST(Plan, ReorderedMasksOfSeveralHeads) {

@@ -43,6 +43,16 @@ def one_thread_of_torch():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def same_numbers():
+    """torch's random numbers are the same whatever ran before."""
+    try:
+        import torch
+    except ImportError:
+        return
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def intensity(request):
     return request.config.getoption("--intensity")

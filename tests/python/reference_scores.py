@@ -29,6 +29,8 @@ def halves(number):
 
 
 def threshold(p):
+    if 1 / 64 <= p <= 63 / 64:
+        return int(np.floor(p * 256 + 0.5)) * 256
     return min(int(np.floor(p * 65536 + 0.5)), 65535)
 
 

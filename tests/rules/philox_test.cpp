@@ -38,7 +38,8 @@ uint32_t number_of(const Dropout& dropout, uint32_t row, uint32_t key) {
 }
 
 TEST(Dropout, DropsPairsWhoseNumberIsBelowTheThreshold) {
-  for (const double p : {0.1, 0.5, 0.25, 0.9, 1.0 / 65536, 65535.0 / 65536, 0.999999, 0.0}) {
+  for (const double p :
+       {0.1, 0.5, 0.25, 0.9, 0.01, 0.99, 1.0 / 65536, 65535.0 / 65536, 0.999999, 0.0}) {
     const uint32_t threshold = dropout_threshold(p);
     const Dropout dropout = dropout_of(-7, int64_t{5} << 33, 3, 11, threshold);
     for (uint32_t row = 0; row < 40; ++row) {
@@ -55,7 +56,10 @@ TEST(Dropout, DropsPairsWhoseNumberIsBelowTheThreshold) {
 
 TEST(Dropout, ThresholdsAreTheNearestAndNeverEverything) {
   EXPECT_EQ(dropout_threshold(0), 0u);
-  EXPECT_EQ(dropout_threshold(0.1), 6554u);
+  EXPECT_EQ(dropout_threshold(0.1), 26u * 256);
+  EXPECT_EQ(dropout_threshold(1.0 / 64), 1024u);
+  EXPECT_EQ(dropout_threshold(0.01), 655u);
+  EXPECT_EQ(dropout_threshold(0.99), 64881u);
   EXPECT_EQ(dropout_threshold(0.5), 32768u);
   EXPECT_EQ(dropout_threshold(0.9999999), 65535u);
   EXPECT_DOUBLE_EQ(dropout_scale(32768), 2.0);

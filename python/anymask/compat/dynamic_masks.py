@@ -110,7 +110,7 @@ def _scores(value: Any, dt_proj: Any, A: Any) -> Any:
 
     batch, heads, length, dim = value.shape
     dt = dt_proj @ value.transpose(1, 2).reshape(batch, length, heads * dim).transpose(1, 2)
-    return A.double()[:, None] * softplus(dt.double())
+    return A[:, None] * softplus(dt.double())
 
 
 def _linear_mask(

@@ -50,7 +50,7 @@ def flashmask_attention(
             n = 1 (LTS): ``i >= LTS``; n = 2 (LTS, LTE): ``LTS <= i < LTE``; not causal,
             n = 2 (LTS, UTE): ``i >= LTS or i < UTE``; n = 4 (LTS, LTE, UTS, UTE):
             ``LTS <= i < LTE or UTS <= i < UTE``.
-        dropout: probability of dropping a weight while `training`, to a multiple of 1 / 65536.
+        dropout: probability of dropping a weight while `training`, to a multiple of 1 / 256.
         causal: query i sees keys up to ``i + kv_len - q_len``; says what the columns of
             `startend_row_indices` mean, too.
         window_size: (left, right), or one number for both: query i sees keys ``i - left`` to

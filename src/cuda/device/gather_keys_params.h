@@ -6,12 +6,14 @@
 namespace anymask::cuda {
 
 inline constexpr int kGatherThreads = 256;
+inline constexpr int kMostTileColumns = 256;  // of any tile shape
 
 // Strides in elements of two bytes: [batch, length, head].
 struct GatherKeysParams {
-  const void* from;      // rows in the caller's order
-  void* to;              // rows in the plan's order
-  const int32_t* order;  // [order_batches][orders][length]: position -> key
+  const void* from;          // rows in the caller's order
+  void* to;                  // rows in the plan's order
+  const int32_t* order;      // [order_batches][orders][length]: position -> key
+  const int32_t* seen_keys;  // [order_batches][orders]: positions before have keys that rows see
   int64_t from_stride[3];
   int64_t to_stride[3];
   int64_t pieces;  // of 16 bytes, in all

@@ -13,8 +13,6 @@
 
 namespace anymask::cuda {
 
-inline constexpr uint32_t kWholeWarp = 0xffffffffu;
-
 inline int warp_index() { return static_cast<int>(threadIdx.x / 32); }
 inline int lane_index() { return static_cast<int>(threadIdx.x % 32); }
 
@@ -49,7 +47,8 @@ struct ClassifyBlock {
   rules::IdRange ids[kMaxIdLeaves][kIdRanges];  // of each row tile, each span, the whole block
   uint32_t visible[kBlockKeyTiles];             // a bit for each row tile
   uint32_t hidden[kBlockKeyTiles];
-  uint32_t whole;  // what is known of all its tiles together
+  uint32_t whole;     // what is known of all its tiles together
+  int32_t key_tiles;  // with keys that some row may see
   int32_t task_count;
   int32_t doubt_count;
   uint8_t tasks[kBlockRowTiles * kBlockKeyTiles];   // tiles still to look at: row * 8 + key
@@ -64,14 +63,14 @@ inline void move_to_place(rules::Array& array, rules::Place place) {
   }
 }
 
-inline const int32_t* keys_at_place(const rules::Program& program, rules::Place place) {
-  if (program.key_order == nullptr) return nullptr;
+// Which order of keys a place has.
+inline int64_t order_of(const rules::Program& program, rules::Place place) {
   const int64_t orders = program.heads / program.order_divisor;
-  return program.key_order +
-         (place.batch * orders + place.head / program.order_divisor) * program.kv_len;
+  return place.batch * orders + place.head / program.order_divisor;
 }
 
-inline void start_block(const ClassifyParams& params, rules::Place place, ClassifyBlock& block) {
+inline void start_block(const ClassifyParams& params, const ClassifyPass& pass, rules::Place place,
+                        ClassifyBlock& block) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < params.program.count) {
     rules::Node node = params.program.nodes[thread];
@@ -85,7 +84,14 @@ inline void start_block(const ClassifyParams& params, rules::Place place, Classi
     block.program.heads = block.program.order_divisor = 1;
     block.program.q_len = params.program.q_len;
     block.program.kv_len = params.program.kv_len;
-    block.program.key_order = keys_at_place(params.program, place);
+    block.program.key_order = nullptr;
+    block.key_tiles = pass.key_tiles;
+    if (params.program.key_order != nullptr) {
+      const int64_t order = order_of(params.program, place);
+      block.program.key_order = params.program.key_order + order * params.program.kv_len;
+      const int columns = pass.shape.columns;
+      block.key_tiles = (params.seen_keys[order] + columns - 1) / columns;
+    }
     block.whole = 0;
     block.task_count = block.doubt_count = 0;
   }
@@ -194,7 +200,7 @@ inline void note(ClassifyBlock& block, int key, int first, int count, rules::Til
 inline bool look_at_block(const ClassifyPass& pass, int first_row, int first_key,
                           ClassifyBlock& block) {
   const int rows = rules::min_of(kBlockRowTiles, pass.row_tiles - first_row);
-  const int keys = rules::min_of(kBlockKeyTiles, pass.key_tiles - first_key);
+  const int keys = rules::min_of(kBlockKeyTiles, block.key_tiles - first_key);
   if (pass.look_at_block == 0 || keys <= 0) return keys <= 0;
   rules::Tile tile = tile_at(pass, block.program, first_row, rows, first_key);
   const int column_end =
@@ -218,7 +224,7 @@ inline void look_at_spans(const ClassifyPass& pass, int first_row, int first_key
     const int span = i / kBlockKeyTiles;
     const int row = span * kSpanTiles;
     const int count = rules::min_of(kSpanTiles, pass.row_tiles - first_row - row);
-    if (count <= 0 || first_key + key >= pass.key_tiles) continue;
+    if (count <= 0 || first_key + key >= block.key_tiles) continue;
     rules::TileClass found = rules::kSome;
     if (pass.look_at_spans != 0 && count > 1) {
       const rules::Tile tile =
@@ -278,7 +284,7 @@ inline void classify(const ClassifyParams& params) {
   const int first_row = row_group * kBlockRowTiles;
   const int first_key = key_group * kBlockKeyTiles;
 
-  start_block(params,
+  start_block(params, pass,
               {static_cast<int>(place / params.program.heads),
                static_cast<int>(place % params.program.heads)},
               block);

@@ -7,6 +7,8 @@
 
 namespace anymask::cuda {
 
+inline constexpr uint32_t kWholeWarp = 0xffffffffu;
+
 // A block of `classify` answers for 32 row tiles x 8 key tiles: eight words of the column map and a
 // byte of each of 32 words of the row map. Its warps first look at spans of 8 row tiles of a key
 // tile, then share the tiles of those that are mixed.
@@ -35,6 +37,7 @@ inline constexpr int kMaxPasses = 2;
 
 struct ClassifyParams {
   rules::Program program;
+  const int32_t* seen_keys;  // with a key order: of plan::Plan
   ClassifyPass passes[kMaxPasses];
 };
 
@@ -48,8 +51,9 @@ struct OrderParams {
   int32_t places;
 };
 
-// The order of keys: a thread a key to see its rows, then blocks that sort.
-inline constexpr int kSeeThreads = 128;
+// The order of keys: a thread a key to see its rows and to collect it, then blocks that sort and
+// halve.
+inline constexpr int kSeeThreads = 256;
 
 struct KeyOrderParams {
   rules::Program program;  // dense leaves packed, keys as they come
@@ -58,7 +62,8 @@ struct KeyOrderParams {
   int32_t most_groups;   // groups when every key is seen
   uint64_t* items;       // [places][2][kv_len]
   rules::KeyRows* seen;  // [places][kv_len]
-  int32_t* seen_keys;    // [places]: how many keys some row sees
+  int32_t* block_keys;   // [places][key_blocks]: how many of their keys some row sees
+  int32_t* seen_keys;    // [places]: how many of all keys
   int32_t* order;        // [places][kv_len]: position -> key
 };
 

@@ -68,8 +68,12 @@ inline void place_digits(Load load, int count, int shift, DigitCounts& counts,
                          const int32_t* totals, int before, Place place) {
   const int thread = static_cast<int>(threadIdx.x);
   if (thread < kDigits) {
-    int start = before;
-    for (int digit = 0; digit < thread; ++digit) start += totals[digit];
+    // The digits of smaller warps together, those of this warp one by one.
+    const int own = thread / 32 * 32;
+    int smaller = 0;
+    for (int digit = thread % 32; digit < own; digit += 32) smaller += totals[digit];
+    int start = before + __reduce_add_sync(0xffffffffu, smaller);
+    for (int digit = own; digit < thread; ++digit) start += totals[digit];
     for (int warp = 0; warp < kSortWarps; ++warp) counts.position[warp][thread] += start;
   }
   __syncthreads();

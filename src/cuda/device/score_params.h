@@ -29,6 +29,7 @@ struct Numbers {
 // 1 - 2 / (1 + 2^(exponent s)). Absolute error below 4e-6 and 1e-6: times a cap of 50, a tenth of
 // bf16's rounding of the weight.
 struct CapCurve {
+  float factor;  // k
   float terms[5];
   float limit;
   float exponent;

@@ -31,7 +31,9 @@ struct BackwardConfig {
   int32_t math_registers;
   int32_t query_registers;  // of the warpgroup that makes dQ
   int32_t load_registers;
-  int32_t features;  // score options: kSoftcap and so on; of prepare: kRowNumbers
+  int32_t adds_keys;  // 1: a group's query heads are items of their own, and what they make of dK
+                      // and dV is added up (backward_key_sums.h)
+  int32_t features;   // score options: kSoftcap and so on; of prepare: kRowNumbers
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether math threads read rows' numbers in float32. A softcap comes between S and lse, and what
@@ -127,6 +129,8 @@ struct BackwardParams {
   int64_t v_grad_batch_stride, v_grad_row_stride, v_grad_head_stride;
 
   // Workspace, linear in q_len. A row tile is (batch * q_heads + head) * row_tiles + tile.
+  float *k_sums,
+      *v_sums;      // [pair][key tile][2][64 * depth]: dK / scale and dV, where they are added
   float* q_sums;    // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
   uint16_t* stats;  // [row tile][64][kRowStats]
   // [row tile][2], chained: how many key tiles have added to each part
@@ -146,7 +150,9 @@ struct BackwardParams {
   int32_t lse_exponent;  // parts of lse come in units of 2^this
 
   int32_t row_tiles;
-  int32_t pairs;  // batch * kv_heads: (batch, kv head) pairs, heads innermost
+  // (batch, head) pairs, heads innermost: kv heads, or query heads where these are items of their
+  // own
+  int32_t pairs;
   int32_t chunk;  // pairs that run together, so that their Q, dO and dQ stay in L2
   int32_t tail;   // pairs at the end that run together, so that blocks end together
   int32_t items;  // pairs * key tiles

@@ -28,7 +28,7 @@ struct KeptPairs {
     if (const int wanted = request.batch * p.q_heads + request.head; wanted != pair) {
       pair = wanted;
       dropout = dropout_of(p.scores, request.batch, request.head);
-      order = key_order(p, {0, request.batch, request.head / p.group_heads, 0});
+      order = key_order(p, {0, request.batch, request.head / p.group_heads, 0, 0});
     }
     const int first_row = shared.requests[slot].row_tile * kBackwardRows + lane;
     const int first_key = shared.requests[slot].key_tile * C.columns();

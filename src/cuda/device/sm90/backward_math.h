@@ -10,6 +10,7 @@
 #include "cuda/device/ptx/tma.h"
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"
+#include "cuda/device/sm90/backward_key_sums.h"
 #include "cuda/device/sm90/backward_schedule.h"
 #include "cuda/device/sm90/backward_scores.h"
 #include "cuda/device/sm90/backward_store.h"
@@ -217,8 +218,19 @@ struct BackwardMath {
     }
   }
 
+  template <int kDepth>
+  __device__ __forceinline__ float* sums_of(float* sums, const BackwardItem& item) {
+    return key_sums_at<kDepth>(p, sums, item.batch, item.kv_head, item.key_tile, w,
+                               32 * warp + lane);
+  }
+
   __device__ __forceinline__ void store_v_grad(const BackwardItem& item,
                                                const float (&v_grad)[C.value_depth / 2]) {
+    if constexpr (C.adds_keys != 0) {
+      if (item.steps > 0)
+        add_key_grads<C.value_depth>(sums_of<C.value_depth>(p.v_sums, item), v_grad);
+      return;
+    }
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
                    item.kv_head * p.v_grad_head_stride;
     const float scale = C.has(kDropout) ? p.scores.keep_scale : 1.0f;
@@ -228,6 +240,10 @@ struct BackwardMath {
 
   __device__ __forceinline__ void store_k_grad(const BackwardItem& item,
                                                const float (&k_grad)[C.depth / 2]) {
+    if constexpr (C.adds_keys != 0) {
+      if (item.steps > 0) add_key_grads<C.depth>(sums_of<C.depth>(p.k_sums, item), k_grad);
+      return;
+    }
     uint16_t* to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
                    item.kv_head * p.k_grad_head_stride;
     store_grad<C.depth>(item, k_grad, p.scale, p.k_grad_map, to, p.k_grad_row_stride, p.depth);
@@ -319,7 +335,7 @@ struct BackwardMath {
     shared.item_full[items.slot].wait(items.parity);
     const BackwardItem& slot = shared.items[items.slot];
     const BackwardItem item = {ptx::uniform(slot.key_tile), ptx::uniform(slot.batch),
-                               ptx::uniform(slot.kv_head), ptx::uniform(slot.steps)};
+                               ptx::uniform(slot.kv_head), ptx::uniform(slot.steps), 0};
     arrive(shared.item_empty[items.slot]);
     items.next();
     return item;

@@ -68,7 +68,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   };
 
   for (int index = blockIdx.x;; items.next()) {
-    BackwardItem item = {0, 0, 0, -1};
+    BackwardItem item = {0, 0, 0, -1, 0};
     if (index < p.items) item = item_at<C>(p, index);
     shared.item_empty[items.slot].wait(items.parity ^ 1);
     if (lane == 0) {
@@ -84,8 +84,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
 
     bool first = true;
 #pragma unroll 1
-    for (int i = 0; i < p.group_heads; ++i) {
-      const int head = item.kv_head * p.group_heads + i;
+    for (int i = 0; i < heads_of_item<C>(p); ++i) {
+      const int head = item.first_head + i;
       bool fresh = true;
       int begins = first ? StepPlace::kFirstHead : StepPlace::kNextHead;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;

@@ -102,7 +102,7 @@ struct BackwardQuery {
     for (;; items.next()) {
       shared.item_full[items.slot].wait(items.parity);
       const BackwardItem& slot = shared.items[items.slot];
-      const BackwardItem item = {0, ptx::uniform(slot.batch), 0, ptx::uniform(slot.steps)};
+      const BackwardItem item = {0, ptx::uniform(slot.batch), 0, ptx::uniform(slot.steps), 0};
       arrive(shared.item_empty[items.slot]);
       if (item.steps < 0) break;
       if (item.steps == 0) continue;

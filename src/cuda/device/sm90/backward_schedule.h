@@ -18,6 +18,12 @@ __device__ __forceinline__ const int32_t* key_order(const BackwardParams& p,
   return program.key_order + row * program.kv_len;
 }
 
+// How many query heads an item has.
+template <BackwardConfig C>
+__device__ __forceinline__ int heads_of_item(const BackwardParams& p) {
+  return C.adds_keys != 0 ? 1 : p.group_heads;
+}
+
 // Items in this order: chunks of (batch, kv head) pairs one after the other, so that a chunk's Q,
 // dO and dQ stay in L2; inside a chunk the longest key tiles of all its pairs first. With chained
 // sums the last key tile comes first instead: under a causal mask a block's first row tile is then
@@ -34,18 +40,24 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   int pair = first_pair + rest - rank * pairs;
   if constexpr (C.has(kBias)) pair = p.first_pair + pair * p.pair_step;
   BackwardItem item;
-  item.batch = pair / p.kv_heads;
-  item.kv_head = pair - item.batch * p.kv_heads;
-  const int first_head = item.kv_head * p.group_heads;
+  if constexpr (C.adds_keys != 0) {
+    item.batch = pair / p.q_heads;
+    item.first_head = pair - item.batch * p.q_heads;
+    item.kv_head = item.first_head / p.group_heads;
+  } else {
+    item.batch = pair / p.kv_heads;
+    item.kv_head = pair - item.batch * p.kv_heads;
+    item.first_head = item.kv_head * p.group_heads;
+  }
   if constexpr (C.chained != 0) {
     item.key_tile = tiles - 1 - rank;
   } else {
     item.key_tile =
-        p.columns.order[map_row(p, p.columns, mask_place(p, item.batch, first_head), rank)];
+        p.columns.order[map_row(p, p.columns, mask_place(p, item.batch, item.first_head), rank)];
   }
   item.steps = 0;
-  for (int i = 0; i < p.group_heads; ++i) {
-    const rules::Place place = mask_place(p, item.batch, first_head + i);
+  for (int i = 0; i < heads_of_item<C>(p); ++i) {
+    const rules::Place place = mask_place(p, item.batch, item.first_head + i);
     item.steps += p.columns.count[map_row(p, p.columns, place, item.key_tile)];
   }
   return item;

@@ -13,7 +13,8 @@ struct BackwardItem {
   int32_t key_tile;
   int32_t batch;
   int32_t kv_head;
-  int32_t steps;  // visible row tiles, over all query heads of the group
+  int32_t steps;       // visible row tiles, over all of the item's query heads
+  int32_t first_head;  // of its query heads: the group's, or it alone
 };
 
 // One row tile of one query head.

@@ -276,7 +276,7 @@ struct BackwardWide {
       shared.item_full[items.slot].wait(items.parity);
       const BackwardItem& slot = shared.items[items.slot];
       const BackwardItem item = {ptx::uniform(slot.key_tile), ptx::uniform(slot.batch),
-                                 ptx::uniform(slot.kv_head), ptx::uniform(slot.steps)};
+                                 ptx::uniform(slot.kv_head), ptx::uniform(slot.steps), 0};
       arrive(shared.item_empty[items.slot]);
       if (item.steps < 0) break;
       float k_grad[kPart / 2], v_grad[kPart / 2];

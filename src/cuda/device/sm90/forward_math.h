@@ -152,7 +152,7 @@ struct MathWarp {
                                               int first_column, bool last) {
     ptx::pin(tile.scores);
     release_keys(last);
-    if constexpr (C.has(kSoftcap)) cap_scores(p.scores.cap, tile.scores);
+    if constexpr (C.has(kSoftcap)) cap_scores_fast(p.scores.cap, tile.scores);
     if constexpr (kBiased && !kBiasFirst) {
       ptx::pin(tile.scores);
       give_biases<true>(tile, mask, first_column);
