@@ -58,7 +58,7 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.q_stages = 2;
     c.math_registers = chained || features != 0 ? 232 : 224;
     c.load_registers = chained || features != 0 ? 40 : 56;
-    if (chained && c.has(kSoftcap) && c.has(kBias) && !c.has(kDropout)) {
+    if (chained && c.has(kSoftcap | kDropout)) {
       c.math_registers = 240;
       c.load_registers = 24;
     }

@@ -63,6 +63,7 @@ std::vector<char> poisoned_buffer(const Program& program, const plan::TileShapes
   return std::vector<char>(static_cast<size_t>(plan::bytes_needed(program, shapes)), char(0xa5));
 }
 
+// The plan's address stays good until the next one is built.
 BuiltPlan build_emulated(Masks& masks, const plan::TileShapes& shapes) {
   static std::vector<char> buffer;
   buffer = poisoned_buffer(masks.program, shapes);
@@ -86,6 +87,18 @@ TEST(PlanEmulated, ForTheForwardPassAlone) {
                cpu_plan(masks.program, shapes).data(), buffer.data(), buffer.data());
   EXPECT_EQ(*plan.backward_rows.visible, 0xa5a5a5a5u);
   EXPECT_EQ(*plan.backward_columns.visible, 0xa5a5a5a5u);
+}
+
+TEST(PlanEmulated, BakesForTheForwardPassAlone) {
+  const plan::TileShapes shapes = {{192, 128}, {64, 128}, 1};
+  Masks masks(6, 1, 2, 300, 200);
+  masks.dense<uint8_t>('r', false, 1);
+  std::vector<char> buffer = poisoned_buffer(masks.program, shapes);
+  const plan::Plan plan = plan::view(masks.program, shapes, buffer.data());
+  build(masks.program, plan::forward_only(plan));
+  const BuiltPlan built{buffer, plan::forward_only(plan), buffer.data()};
+  BakedPlan(masks.program, built).check(/*forward_only=*/true);
+  EXPECT_EQ(*plan.backward_columns.baked, 0xa5a5a5a5u);
 }
 
 }  // namespace
