@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anymask as am
+import common
 import torch
 from anymask import machine
 from anymask.benchmark_masks import BenchmarkMask, benchmark_mask
 from anymask.measuring import flops, interleaved_medians
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -310,7 +310,7 @@ def main() -> None:
         memory_probe(options.memory_probe)
         return
     torch.set_num_threads(machine.threads())
-    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console = common.console_of(140)
     peaks = {name: machine.measure_cpu_peak(name) * 1e9 for name in options.dtypes}
     cases = [
         (dtype, dim, length, name)
@@ -320,10 +320,7 @@ def main() -> None:
         for name in options.masks
     ]
     rows, memory = [], {}
-    with Progress(
-        TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console, transient=True,
-    ) as bar:  # fmt: skip
+    with common.progress(console, 52) as bar:
         task = bar.add_task("", total=len(cases) + options.memory)
         for dtype, dim, length, name in cases:
             bar.update(task, description=f"{name} {dtype} D={dim} S={length}")
@@ -352,7 +349,7 @@ def main() -> None:
                 if math.isfinite(target.value)
             ],
         }
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        common.write_json(options.json, document)
 
 
 def parse() -> argparse.Namespace:

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anymask as am
+import common
 import numpy as np
 import torch
 from anymask import machine
@@ -28,8 +28,6 @@ from anymask.bench.check import GRADIENTS, Expected, WrongResult
 from anymask.bench.results import describe_gpu
 from anymask.benchmark_masks import SAMPLES, benchmark_mask
 from anymask.measuring import flops, interleaved_medians
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -247,26 +245,21 @@ def write(options: argparse.Namespace, rows: list[Figures]) -> None:
             for row in rows
         ],
     }
-    options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    common.write_json(options.json, document)
 
 
 def main() -> int:
     options = parse()
-    if options.device == "cpu":
-        torch.set_num_threads(machine.threads())
-        where = f"{machine.cpu_name()}, {machine.threads()} threads, torch {torch.__version__}"
-    elif not torch.cuda.is_available():
-        print("--device cuda: torch finds no CUDA GPU here", file=sys.stderr)
+    if not common.is_ready(options.device):
         return 1
+    if options.device == "cpu":
+        where = f"{machine.cpu_name()}, {machine.threads()} threads, torch {torch.__version__}"
     else:
         gpu = describe_gpu()
         where = f"{gpu['name']}, driver {gpu['driver']}, torch {gpu['torch']}"
-    console = Console(width=160 if not sys.stdout.isatty() else None)
+    console = common.console_of(160)
     rows: list[Figures] = []
-    with Progress(
-        TextColumn("{task.description:<44}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console, transient=True,
-    ) as bar:  # fmt: skip
+    with common.progress(console, 44) as bar:
         task = bar.add_task("", total=len(options.masks))
         for name in options.masks:
             say = lambda text: bar.update(task, description=text)  # noqa: E731
@@ -321,9 +314,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "dtype": "bfloat16" if cuda else "float32",
         "budget": 4.0 if cuda else 20.0,
     }
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    common.take_defaults(options, defaults)
     unknown = [name for name in options.masks if name not in MASKS]
     if unknown:
         parser.error(f"--masks: {', '.join(unknown)} unknown; there are {', '.join(MASKS)}")

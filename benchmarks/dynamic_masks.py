@@ -18,13 +18,13 @@ are medians of interleaved rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anymask as am
+import common
 import torch
 from anymask import machine
 from anymask.bench.check import WrongResult
@@ -41,8 +41,6 @@ from dynamic_calls import (
     scores_of,
     training_call,
 )
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -223,25 +221,19 @@ def write(options: argparse.Namespace, rows: list[Figures]) -> None:
             for row in rows
         ],
     }
-    options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    common.write_json(options.json, document)
 
 
 def main() -> int:
     options = parse()
-    if options.device == "cpu":
-        torch.set_num_threads(machine.threads())
-    elif not torch.cuda.is_available():
-        print("--device cuda: torch finds no CUDA GPU here", file=sys.stderr)
+    if not common.is_ready(options.device):
         return 1
-    console = Console(width=170 if not sys.stdout.isatty() else None)
+    console = common.console_of(170)
     cases = [(length, keep, False) for length in options.lengths for keep in options.keeps]
     rows: list[Figures] = []
     wrong: list[str] = []
     lost: list[str] = []
-    with Progress(
-        TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console, transient=True,
-    ) as bar:  # fmt: skip
+    with common.progress(console, 48) as bar:
         task = bar.add_task("", total=len(cases) + options.largest * len(options.keeps))
 
         def measure_all(cases: list[tuple[int, int, bool]]) -> None:
@@ -314,9 +306,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "dtype": "bfloat16" if cuda else "float32",
         "budget": 3.0 if cuda else 30.0,
     }
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    common.take_defaults(options, defaults)
     return options
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import anymask as am
+import common
 import torch
 from anymask import bench, machine
 from anymask.bench import report
@@ -31,7 +32,6 @@ from anymask.bench.results import describe_gpu
 from anymask.benchmark_masks import benchmark_mask
 from anymask.measuring import interleaved_medians
 from dynamic_calls import Inputs, hidden_from, scores_of
-from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -281,12 +281,9 @@ def main() -> int:
     if options.saved is not None:
         write_pages(options.saved, ROOT / "docs" / "moving")
         return 0
-    if options.device == "cpu":
-        torch.set_num_threads(machine.threads())
-    elif not torch.cuda.is_available():
-        print("--device cuda: torch finds no CUDA GPU here", file=sys.stderr)
+    if not common.is_ready(options.device):
         return 1
-    console = Console(width=150 if not sys.stdout.isatty() else None)
+    console = common.console_of(150)
     sizes = ("length", "batch", "heads", "kv_heads", "dim", "dtype", "rounds")
     document: dict[str, Any] = {
         "machine": machine.describe(),
@@ -310,7 +307,7 @@ def main() -> int:
             document["rows"].append(row)
             table.add_row(case.page, *cells(row))
             if options.json:
-                options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+                common.write_json(options.json, document)
     console.print(table)
     for row in document["rows"]:
         for what, text in row["problems"].items():
@@ -346,9 +343,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "dtype": "bfloat16" if cuda else "float32",
         "budget": 2.0 if cuda else 20.0,
     }
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    common.take_defaults(options, defaults)
     return options
 
 

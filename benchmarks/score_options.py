@@ -13,20 +13,18 @@ those of one thread.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import anymask as am
+import common
 import torch
 from anymask import machine
 from anymask.bench.check import WrongResult
 from anymask.bench.results import describe_gpu
 from anymask.measuring import flops, interleaved_medians
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from score_reference import Expected
 
@@ -244,22 +242,16 @@ def write(options: argparse.Namespace, rows: list[Figures]) -> None:
         "missed": missed_targets(rows),
         "rows": [row._asdict() for row in rows],
     }
-    options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    common.write_json(options.json, document)
 
 
 def main() -> int:
     options = parse()
-    if options.device == "cpu":
-        torch.set_num_threads(machine.threads())
-    elif not torch.cuda.is_available():
-        print("--device cuda: torch finds no CUDA GPU here", file=sys.stderr)
+    if not common.is_ready(options.device):
         return 1
-    console = Console(width=140 if not sys.stdout.isatty() else None)
+    console = common.console_of(140)
     rows: list[Figures] = []
-    with Progress(
-        TextColumn("{task.description:<48}"), BarColumn(), MofNCompleteColumn(),
-        TimeElapsedColumn(), console=console, transient=True,
-    ) as bar:  # fmt: skip
+    with common.progress(console, 48) as bar:
         task = bar.add_task("", total=len(options.dtypes) * (len(options.cases) + 2))
 
         def say(text: str) -> None:
@@ -314,9 +306,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "dtypes": ["bfloat16"] if cuda else ["float32", "bfloat16"],
         "budget": 6.0 if cuda else 60.0,
     }
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
+    common.take_defaults(options, defaults)
     options.kv_heads = options.kv_heads or options.heads
     options.causal = options.mask == "causal"
     wanted = options.only
