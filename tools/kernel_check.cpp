@@ -83,7 +83,7 @@ int check_kernels(const Options& options) {
       built = options.ship.empty() ? build_kernel(config, kCapability)
                                    : ship_kernel(config, kCapability, CacheFolder(options.ship));
       report = read_compile_log(built.code.log);
-      counts = count_instructions(built.code.cubin, kKernelEntry);
+      counts = count_instructions(built.code.cubin, kernel_entry(*config.family));
       faults = faults_of(config, report, counts);
     } catch (const std::exception& error) {
       faults.push_back(error.what());

@@ -187,6 +187,7 @@ void transpose_map(const Program& program, const TileMap& rows, const TileMap& c
 }
 
 void count_and_order(const Program& program, const TileMap& map) {
+  if (map.total != nullptr) *map.total = 0;
   for (int64_t place = 0; place < plan::places(program); ++place) {
     int32_t* count = map.count + place * map.outer_tiles;
     int32_t* order = map.order + place * map.outer_tiles;
@@ -196,6 +197,7 @@ void count_and_order(const Program& program, const TileMap& map) {
       count[outer] = std::accumulate(row, row + map.words, 0, [](int sum, uint32_t word) {
         return sum + std::popcount(word);
       });
+      if (map.total != nullptr) *map.total += count[outer];
     }
     std::iota(order, order + map.outer_tiles, 0);
     std::stable_sort(order, order + map.outer_tiles,

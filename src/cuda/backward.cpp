@@ -5,7 +5,8 @@
 #include <string>
 
 #include "anymask/error.hpp"
-#include "cuda/device/sm90/backward_config.h"
+#include "cuda/backward_split.h"
+#include "cuda/backward_variants.h"
 #include "cuda/views.h"
 
 namespace anymask::cuda {
@@ -35,81 +36,6 @@ constexpr int kPrepareThreads = 256;
 
 // ---- variants -----------------------------------------------------------------------------------
 
-constexpr int kSharedBytes = 227 * 1024;  // of a block
-
-// docs/kernels/backward.md has the reasons.
-constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                 bool chained, int32_t features = 0, bool split_groups = false) {
-  BackwardConfig c{};
-  c.half = half;
-  c.chained = chained;
-  c.features = features;
-  // With dropout those who make mask bits have something for every tile, and runs would have to be
-  // handed over beside it; with biases of pairs math threads have no registers for runs.
-  if (c.has(kDropout | kBias) && masks == MaskPath::kRuns) masks = MaskPath::kRecipe;
-  c.mask_path = static_cast<int32_t>(masks);
-  c.bit_slots = masks == MaskPath::kRuns ? 2 : 4;
-  c.slope_slots = 1;
-  c.o_stages = 2;
-  if (std::max(head_dim, v_head_dim) > 128) {
-    c.wide = 1;
-    c.depth = c.value_depth = 256;
-    c.k_stages = 1;
-    c.q_stages = 2;
-    c.math_registers = chained || features != 0 ? 232 : 224;
-    c.load_registers = chained || features != 0 ? 40 : 56;
-    if (chained && c.has(kSoftcap | kDropout)) {
-      c.math_registers = 240;
-      c.load_registers = 24;
-    }
-    while (c.shared_bytes() > kSharedBytes && c.bit_slots > 2) --c.bit_slots;
-    while (c.shared_bytes() > kSharedBytes && c.o_stages > 1) --c.o_stages;
-    return c;
-  }
-  c.depth = head_dim <= 64 ? 64 : 128;
-  c.value_depth = v_head_dim <= 64 ? 64 : 128;
-  // A second place for K lets the next item's first product run while dK is being stored.
-  c.k_stages = 2;
-  c.q_stages = 3;
-  // Chained, and with the gradients of biases, an item has all query heads of a group.
-  c.adds_keys = split_groups && !chained && features == 0;
-  const int total = c.depth + c.value_depth;
-  c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
-  c.query_registers = total == 256 ? 72 : total == 192 ? 80 : 96;
-  c.load_registers = total == 256 ? 24 : total == 192 ? 80 : 96;
-  if (features != 0) {
-    c.math_registers = total == 256 ? 208 : total == 192 ? 192 : 184;
-    c.query_registers = 72;
-    c.load_registers = total == 256 ? 24 : total == 192 ? 56 : 72;
-    // Those who make bits of kept pairs are busy; sums that are not chained can spare registers.
-    if (total == 256 && c.has(kDropout) && !chained) {
-      c.query_registers = 64;
-      c.load_registers = 32;
-    }
-    while (c.shared_bytes() > kSharedBytes && c.bit_slots > 2) --c.bit_slots;
-    while (c.shared_bytes() > kSharedBytes && c.q_stages > 2) --c.q_stages;
-  }
-  return c;
-}
-
-constexpr int kDims[] = {64, 128, 256};
-
-constexpr bool variants_fit() {
-  for (const int depth : kDims) {
-    for (const int value_depth : kDims) {
-      for (int32_t features = 0; features < 16; ++features) {
-        const BackwardConfig c =
-            variant(depth, value_depth, false, MaskPath::kRecipe, true, features);
-        // What the launch deals out in eights a thread is what the warpgroups can trade.
-        const int at_launch = 65536 / c.threads() / 8 * 8 * c.warpgroups();
-        if (c.shared_bytes() > kSharedBytes || c.registers() > at_launch) return false;
-      }
-    }
-  }
-  return true;
-}
-static_assert(variants_fit());
-
 // row_numbers: of prepare.
 KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool row_numbers = false) {
   const bool main = &family == &kMain;
@@ -128,8 +54,8 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
   config.values = {c.half,      c.depth,          c.value_depth,     c.wide,           c.k_stages,
                    c.q_stages,  c.o_stages,       c.slope_slots,     c.chained,        c.bit_slots,
                    c.mask_path, c.math_registers, c.query_registers, c.load_registers, c.adds_keys,
-                   c.features};
-  config.count = 16;
+                   c.features,  c.split};
+  config.count = 17;
   config.threads = &family == &kKeyFinish ? 256
                    : &family == &kFinish  ? 128 * c.parts()
                    : main                 ? c.threads()
@@ -137,7 +63,7 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
   config.shared_bytes = main ? c.shared_bytes() : 0;
   return config;
 }
-static_assert(sizeof(BackwardConfig) == 16 * sizeof(int32_t));
+static_assert(sizeof(BackwardConfig) == 17 * sizeof(int32_t));
 
 // ---- workspace ----------------------------------------------------------------------------------
 
@@ -164,6 +90,7 @@ struct Workspace {
   int64_t bytes;                             // the size of all
 
   Workspace(const Problem& problem, const BackwardConfig& c, const ScoreGradients& gradients) {
+    const bool numbers = gradients.row_numbers() || may_split(problem, c);
     const int64_t row_tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
     const int64_t keys = c.adds_keys == 0 ? 0
                                           : problem.batch * problem.kv_heads * c.columns() *
@@ -171,11 +98,11 @@ struct Workspace {
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.chained != 0 ? row_tiles * 8 : 0);
-    next_item = take(4);
+    next_item = take(kItemCounters * 4);
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
     key_sum_bytes = keys * (c.depth + c.value_depth) * 4;
-    row_numbers = take(gradients.row_numbers() ? row_tiles * kBackwardRows * 8 : 0);
+    row_numbers = take(numbers ? row_tiles * kBackwardRows * 8 : 0);
     key_sums = take(gradients.key_bytes());
     pair_sums = take(gradients.pair_bytes());
     bytes = used_;
@@ -207,8 +134,13 @@ struct Chunks {
   // heaviest first only balances where there is something to sort (causal, S = 8192, B = 4: 525 ->
   // 548 TFLOP/s). With grouped heads items are so heavy that this goes for all (458 -> 530).
   // Chained, blocks of a pair have to run together.
+  // With segments of rows work goes from one to the next.
   Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& gpu, int64_t pairs,
-         int64_t key_tiles) {
+         int64_t key_tiles, int segments) {
+    if (segments > 1) {
+      size = tail = 1;
+      return;
+    }
     const bool chained = config.chained != 0;
     const int64_t group = config.adds_keys != 0 ? 1 : problem.q_heads / problem.kv_heads;
     const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
@@ -275,6 +207,14 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.scale_log2 = static_cast<float>(scale * kLog2E);
   params.lse_exponent = std::clamp(6 - std::ilogb(scale), -14, 15);
   params.row_tiles = static_cast<int32_t>(row_tiles_of(problem.q_len));
+  // Reordered keys meet rows here and there. Blocks at a few key tiles of several heads, each
+  // somewhere else, would fetch Q, dO and dQ of all heads from memory again and again (S = 32768,
+  // 1024 of the keys kept: 6.5 ms).
+  constexpr int32_t kSegmentTiles = 64;  // 4096 rows; D = 128: 4 MiB
+  const bool segmented = config.adds_keys != 0 && call.program->key_order != nullptr;
+  params.segment_tiles = segmented ? kSegmentTiles : std::max(params.row_tiles, 1);
+  params.segments = (params.row_tiles + params.segment_tiles - 1) / params.segment_tiles;
+  params.segments = std::max(params.segments, 1);
   params.columns = call.columns;
   params.rows = call.rows;
   params.program = *call.program;
@@ -285,15 +225,15 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
 }  // namespace
 
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
-  const BackwardConfig c = variant(head_dim, v_head_dim, false, MaskPath::kRuns, false);
+  const BackwardConfig c = backward_variant(head_dim, v_head_dim, false, MaskPath::kRuns, false);
   return {c.rows(), c.columns()};
 }
 
 int64_t backward_workspace(const Problem& problem, bool deterministic, const ScoreCall& scores) {
   const ScoreGradients gradients(scores, problem);
   return Workspace(problem,
-                   variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
-                           deterministic, gradients.features(), splits_groups(problem)),
+                   backward_variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
+                                    deterministic, gradients.features(), splits_groups(problem)),
                    gradients)
       .bytes;
 }
@@ -314,20 +254,26 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   check_layout(call.dv, "dv");
 
   const bool half = call.q.dtype == DType::f16;
-  const RunRecipe recipe = recipe_of(*call.program);
-  // Runs with holes are handed over too here, and ids have no code of their own.
-  const MaskPath masks = call.columns.baked != nullptr ? MaskPath::kBaked
-                         : recipe.usable == 0          ? MaskPath::kMachine
-                         : recipe.bits >= 0            ? MaskPath::kRecipe
-                                                       : MaskPath::kRuns;
   const bool chained = call.deterministic;
-  const BackwardConfig config = variant(problem.head_dim, problem.v_head_dim, half, masks, chained,
-                                        gradients.features(), splits_groups(problem));
+  const MaskPath masks =
+      backward_masks(recipe_of(*call.program), call.columns, chained, gradients.features());
+  const BackwardConfig config =
+      backward_variant(problem.head_dim, problem.v_head_dim, half, masks, chained,
+                       gradients.features(), splits_groups(problem));
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
-  const Kernel& prepare = kernel(kernel_config(kPrepare, config, gradients.row_numbers()), ordinal);
-  const Kernel& main = kernel(kernel_config(kMain, config), ordinal);
+  const bool splits = may_split(problem, config);
+  const bool numbers = gradients.row_numbers() || splits;
+  const KernelConfig prepare_config = kernel_config(kPrepare, config, numbers);
+  const KernelConfig main_config = kernel_config(kMain, config);
+  const KernelConfig finish_config = kernel_config(kFinish, config);
+  const KernelConfig split_config = splits ? backward_split_kernel(call, config) : KernelConfig{};
+  load_together({&prepare_config, &main_config, chained ? nullptr : &finish_config,
+                 splits ? &split_config : nullptr},
+                ordinal);
+  const Kernel& prepare = kernel(prepare_config, ordinal);
+  const Kernel& main = kernel(main_config, ordinal);
 
   BackwardParams params = params_of(call, problem, config);
   char* workspace = static_cast<char*>(call.workspace);
@@ -342,6 +288,10 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   params.key_sums = reinterpret_cast<float*>(workspace + layout.key_sums);
   gradients.set(params, reinterpret_cast<float*>(workspace + layout.pair_sums), call.scale,
                 call.program->key_order != nullptr);
+  if (splits) {
+    params.choice = split_choice(call, config);
+    params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
+  }
   const auto clear = [&](void* from, int64_t bytes) {
     check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(from), 0,
                                     static_cast<size_t>(bytes / 4), stream),
@@ -352,14 +302,15 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   if (tiles > 0) {
     launch(prepare, row_tiles, stream, params);
   } else {
-    clear(params.next_item, 4);
+    clear(params.next_item, kItemCounters * 4);
   }
   if (layout.key_sum_bytes > 0) clear(params.k_sums, layout.key_sum_bytes);
   gradients.begin(params, ordinal, stream);
   for (const PairRound& round : gradients.rounds()) {
     const int64_t key_tiles = call.columns.outer_tiles;
-    const int64_t pairs = config.adds_keys != 0 ? problem.batch * problem.q_heads : round.count;
-    const Chunks chunks(problem, config, gpu(ordinal), pairs, key_tiles);
+    const int64_t pairs =
+        config.adds_keys != 0 ? problem.batch * problem.q_heads * params.segments : round.count;
+    const Chunks chunks(problem, config, gpu(ordinal), pairs, key_tiles, params.segments);
     params.chunk = static_cast<int32_t>(chunks.size);
     params.tail = static_cast<int32_t>(chunks.tail);
     params.pairs = static_cast<int32_t>(pairs);
@@ -368,11 +319,12 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     params.items = checked_count(pairs * key_tiles, "key tiles");
     if (params.items == 0) break;
     if (round.first > 0) clear(params.next_item, 4);
-    const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
-    launch(main, {static_cast<uint32_t>(blocks)}, stream, params);
+    params.blocks = std::min(gpu(ordinal).multiprocessors, params.items);
+    launch(main, {static_cast<uint32_t>(params.blocks)}, stream, params);
+    if (splits) backward_split(call, params, config, ordinal, stream);
   }
   if (tiles > 0 && config.chained == 0) {
-    launch(kernel(kernel_config(kFinish, config), ordinal), row_tiles, stream, params);
+    launch(kernel(finish_config, ordinal), row_tiles, stream, params);
   }
   if (layout.key_sum_bytes > 0) {
     const auto blocks = static_cast<uint32_t>(problem.batch * problem.kv_heads *
@@ -394,21 +346,31 @@ std::vector<KernelConfig> backward_kernels() {
       for (const bool chained : {false, true}) {
         for (const MaskPath masks :
              {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine, MaskPath::kBaked}) {
-          all.push_back(kernel_config(kMain, variant(depth, value_depth, half, masks, chained)));
-          if (!chained && depth <= 128) {
-            all.push_back(
-                kernel_config(kMain, variant(depth, value_depth, half, masks, false, 0, true)));
+          all.push_back(
+              kernel_config(kMain, backward_variant(depth, value_depth, half, masks, chained)));
+          if (chained || depth > 128) continue;
+          for (const bool split : {false, true}) {
+            const BackwardConfig c =
+                backward_variant(depth, value_depth, half, masks, false, 0, split);
+            if (split) all.push_back(kernel_config(kMain, c));
+            if (split || c.baked()) continue;
+            for (const KernelConfig& apart : backward_split_kernels(c)) all.push_back(apart);
           }
         }
-        const BackwardConfig c = variant(depth, value_depth, half, MaskPath::kRuns, chained);
+        const BackwardConfig c =
+            backward_variant(depth, value_depth, half, MaskPath::kRuns, chained);
         all.push_back(kernel_config(kPrepare, c));
         all.push_back(kernel_config(kPrepare, c, true));
         if (!chained) all.push_back(kernel_config(kFinish, c));
         if (!chained && depth <= 128) all.push_back(kernel_config(kKeyFinish, c));
         for (const int32_t features : kShippedFeatures) {
           if (chained && features == (kSoftcap | kDropout)) continue;
-          all.push_back(kernel_config(
-              kMain, variant(depth, value_depth, half, MaskPath::kRuns, chained, features)));
+          for (const bool split : {false, true}) {
+            if (split && (chained || depth > 128 || features != kKeyBias)) continue;
+            all.push_back(
+                kernel_config(kMain, backward_variant(depth, value_depth, half, MaskPath::kRuns,
+                                                      chained, features, split)));
+          }
         }
       }
     }

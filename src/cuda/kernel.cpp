@@ -1,6 +1,7 @@
 #include "cuda/kernel.h"
 
 #include <atomic>
+#include <future>
 #include <memory>
 #include <mutex>
 #include <shared_mutex>
@@ -46,7 +47,8 @@ CuKernel load_kernel(const KernelConfig& config, const Gpu& gpu) {
                                    nullptr, 0),
         ("cuLibraryLoadData of " + title).c_str());
   CuKernel handle = nullptr;
-  check(driver().cuLibraryGetKernel(&handle, library, kKernelEntry), "cuLibraryGetKernel");
+  check(driver().cuLibraryGetKernel(&handle, library, kernel_entry(*config.family).c_str()),
+        "cuLibraryGetKernel");
   if (config.shared_bytes > 0) {
     check(driver().cuKernelSetAttribute(CuFunctionAttribute::kMaxDynamicShared, config.shared_bytes,
                                         handle, gpu.handle),
@@ -126,6 +128,17 @@ const Kernel& kernel(const KernelConfig& config, int ordinal) {
   return entry.kernel;
 }
 
+void load_together(std::initializer_list<const KernelConfig*> configs, int ordinal) {
+  std::vector<std::future<void>> late;
+  for (const KernelConfig* config : configs) {
+    if (config == nullptr || entry_of({*config, ordinal}).ready.load(std::memory_order_acquire)) {
+      continue;
+    }
+    late.push_back(std::async(std::launch::async, [=] { kernel(*config, ordinal); }));
+  }
+  for (std::future<void>& one : late) one.get();
+}
+
 CachedKernel kernel_code(const KernelConfig& config, int capability) {
   const Unit unit(config, capability);
   const std::string name = config.family->name;
@@ -181,6 +194,10 @@ void launch_raw(const Kernel& kernel, Grid grid, CuStream stream, const void* pa
   if (result != kCuSuccess) check(result, ("launch of " + kernel_title(kernel.config)).c_str());
 }
 
+std::string kernel_entry(const KernelFamily& family) {
+  return std::string("anymask_") + family.name;
+}
+
 std::string kernel_source(const KernelConfig& config) {
   const KernelFamily& family = *config.family;
   const std::string params = family.params;
@@ -195,7 +212,7 @@ std::string kernel_source(const KernelConfig& config) {
   }
   source += "extern \"C\" __global__ void __launch_bounds__(" + std::to_string(config.threads) +
             ", " + std::to_string(config.min_blocks) + ")\n";
-  source += std::string(kKernelEntry) + "(const __grid_constant__ " + params + " params) {\n";
+  source += kernel_entry(family) + "(const __grid_constant__ " + params + " params) {\n";
   return source + "  " + call + "(params);\n}\n";
 }
 

@@ -9,6 +9,7 @@
 #include <compare>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -31,7 +32,7 @@ struct KernelFamily {
   int param_bytes;  // sizeof(params) as the host sees it; the device compiler compares
 };
 
-inline constexpr int kMaxConfigValues = 16;
+inline constexpr int kMaxConfigValues = 32;
 
 // One variant. The values are the fields of the family's config type, in order: an aggregate of
 // integers and bools, without default member initialisers that a value here would not repeat.
@@ -57,6 +58,10 @@ struct Kernel {
 // a stream capture. The reference stays valid until the process ends.
 const Kernel& kernel(const KernelConfig& config, int ordinal);
 
+// Sees to it that kernel() has these at once: what is to be compiled is compiled side by side. A
+// null pointer stands for none.
+void load_together(std::initializer_list<const KernelConfig*> configs, int ordinal);
+
 struct Grid {
   uint32_t x = 1, y = 1, z = 1;
 };
@@ -77,8 +82,10 @@ void launch(const Kernel& kernel, Grid grid, CuStream stream, const Params& para
   launch_raw(kernel, grid, stream, &params, options);
 }
 
-// The translation unit of a variant; its entry point is kKernelEntry.
-inline constexpr const char* kKernelEntry = "anymask_kernel";
+// The name of a kernel's entry point, which profilers show: "anymask_forward".
+std::string kernel_entry(const KernelFamily& family);
+
+// The translation unit of a variant.
 std::string kernel_source(const KernelConfig& config);
 
 // "forward<128, 128, 1>": for messages and reports.

@@ -61,6 +61,8 @@ struct TileMap {
   int32_t* order;     // [places][outer_tiles]: outer tiles by number of visible inner tiles,
                       // most first; ties: the lower index first
   int32_t* count;     // [places][outer_tiles]: visible inner tiles
+  int64_t* total;     // [1]: visible tiles of all places, written if there are tiles; null where
+                      // nobody asks
   uint32_t* baked;    // [places][outer_tiles][inner_tiles][row_tile_words or column_tile_words],
                       // written where visible and hidden are 1; null: not baked
 };

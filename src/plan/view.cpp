@@ -92,6 +92,7 @@ Plan carve(Carver& carver, const rules::Program& lowered, const TileShapes& shap
   plan.backward_rows =
       shared ? plan.forward_rows : carve_map(carver, lowered, shapes.backward, true);
   plan.backward_columns = carve_map(carver, lowered, shapes.backward, false);
+  plan.backward_columns.total = carver.take<int64_t>(1);
   if (lowered.reorder_keys != 0) {
     plan.program.key_order = carver.take<int32_t>(orders(lowered) * lowered.kv_len);
     plan.seen_keys = carver.take<int32_t>(orders(lowered));

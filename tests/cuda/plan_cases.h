@@ -212,6 +212,10 @@ inline void expect_same_plan(const Program& host, const plan::TileShapes& shapes
   same("forward rows", built.plan.forward_rows);
   same("backward rows", built.plan.backward_rows);
   same("backward columns", built.plan.backward_columns);
+  const plan::TileMap& columns = built.plan.backward_columns;
+  if (columns.outer_tiles * columns.inner_tiles > 0) {
+    compare("visible tiles", columns.total, 1, expected.data(), built.content.data(), built.base);
+  }
 }
 
 struct Size {

@@ -9,6 +9,6 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1
 # Only anymask's kernels are watched: torch's would take most of the time.
 for tool in memcheck synccheck; do
   echo "==> compute-sanitizer --tool $tool"
-  compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=anymask_kernel \
+  compute-sanitizer --tool "$tool" --error-exitcode 1 --kernel-name kernel_substring=anymask_ \
     "$python" -m pytest tests/gpu/test_gpu_sanitizer.py -q -x "$@"
 done

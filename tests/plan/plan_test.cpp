@@ -39,6 +39,7 @@ uint32_t bit(const uint32_t* words, int64_t index, int32_t width, int32_t i) {
 void expect_map(const Built& built, const plan::TileMap& map, bool by_rows) {
   rules::Program program = built.lowered;
   program.key_order = built.plan.program.key_order;
+  int64_t total = 0;
   for (int b = 0; b < program.batches; ++b) {
     for (int h = 0; h < program.heads; ++h) {
       const int64_t base = int64_t{b * program.heads + h} * map.outer_tiles;
@@ -63,6 +64,7 @@ void expect_map(const Built& built, const plan::TileMap& map, bool by_rows) {
           count += static_cast<int>(visible);
         }
         ASSERT_EQ(map.count[base + outer], count);
+        total += count;
       }
       std::vector<int32_t> order(map.order + base, map.order + base + map.outer_tiles);
       EXPECT_TRUE(std::is_sorted(order.begin(), order.end(), [&](int32_t x, int32_t y) {
@@ -72,6 +74,10 @@ void expect_map(const Built& built, const plan::TileMap& map, bool by_rows) {
       std::sort(order.begin(), order.end());
       for (int i = 0; i < map.outer_tiles; ++i) EXPECT_EQ(order[static_cast<size_t>(i)], i);
     }
+  }
+  ASSERT_EQ(map.total != nullptr, !by_rows);
+  if (!by_rows) {
+    EXPECT_EQ(*map.total, total);
   }
 }
 

@@ -275,6 +275,11 @@ inline void settle_doubts(const ClassifyPass& pass, int first_row, int first_key
 inline void classify(const ClassifyParams& params) {
   alignas(16) __shared__ unsigned char storage[sizeof(ClassifyBlock)];
   ClassifyBlock& block = *reinterpret_cast<ClassifyBlock*>(storage);
+  if (blockIdx.x == 0 && threadIdx.x == 0) {  // for count_tiles, which adds
+    for (const ClassifyPass& pass : params.passes) {
+      if (pass.column_map.total != nullptr) *pass.column_map.total = 0;
+    }
+  }
   const int second = static_cast<int>(blockIdx.x) >= params.passes[0].blocks ? 1 : 0;
   const ClassifyPass& pass = params.passes[second];
   const int index = static_cast<int>(blockIdx.x) - second * params.passes[0].blocks;
@@ -354,7 +359,12 @@ inline void count_tiles(const OrderParams& params) {
     count += __popc(map->visible[row * map->words + word]);
   }
   count = __reduce_add_sync(kWholeWarp, count);
-  if (lane == 0) map->count[row] = count;
+  if (lane != 0) return;
+  map->count[row] = count;
+  if (map->total != nullptr) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(map->total),
+              static_cast<unsigned long long>(count));
+  }
 }
 
 // A tile's place in the order is the number of tiles that go before it.

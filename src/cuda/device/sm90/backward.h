@@ -3,8 +3,8 @@
 // A block has one producer warpgroup, two math warpgroups, and one that makes dQ. It takes one key
 // tile of one kv head at a time and walks the row tiles that the plan says it meets, over all query
 // heads of the group; S and P are computed again. backward_prepare.h runs before it and
-// backward_finish.h after it. docs/kernels/backward.md has the reasons and the figures behind the
-// choices.
+// backward_finish.h after it; or backward_split.h instead of it and of finish.
+// docs/kernels/backward.md has the reasons and the figures behind the choices.
 #pragma once
 
 #include "cuda/device/sm90/backward_bits.h"
@@ -15,9 +15,9 @@
 
 namespace anymask::cuda {
 
+// first: the block's first item, or kDrawFirst.
 template <BackwardConfig C>
-__device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
-  static_assert(sizeof(BackwardShared<C>) <= C.shared_bytes());
+__device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first) {
   extern __shared__ __align__(1024) uint8_t memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
@@ -36,7 +36,7 @@ __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
   if (warp < kMathWarps) {
     ptx::give_registers<C.load_registers>();
     if (warp == 0) {
-      backward_load<C>(p, shared, lane);
+      backward_load<C>(p, shared, lane, first);
     } else if (warp < BackwardShared<C>::kFirstBitWarp) {
       await_turns<C>(p, shared, lane);
     } else if constexpr (C.makes_bits()) {
@@ -54,11 +54,17 @@ __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
       BackwardMath<C> math{p, shared, w, warp % kMathWarps, lane};
       math.run();
     }
-  } else if constexpr (C.wide == 0) {
+  } else if constexpr (C.has_query()) {
     ptx::give_registers<C.query_registers>();
     BackwardQuery<C> query{p, shared, warp % kMathWarps, lane};
     query.run();
   }
+}
+
+template <BackwardConfig C>
+__device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
+  static_assert(sizeof(BackwardShared<C>) <= C.shared_bytes());
+  if (!p.choice.splits()) run_key_roles<C>(p, blockIdx.x);
 }
 
 }  // namespace anymask::cuda

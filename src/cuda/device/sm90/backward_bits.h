@@ -10,6 +10,7 @@
 // for an item, and a word is a few shifts of them. The postfix machine spills.
 #pragma once
 
+#include "cuda/device/rows_of_id.h"
 #include "cuda/device/sm90/backward_kept.h"
 #include "cuda/device/sm90/backward_schedule.h"
 #include "rules/evaluate.h"
@@ -47,6 +48,22 @@ __device__ __forceinline__ void find_runs(const BackwardParams& p, rules::Place 
   const int32_t ends[6] = {begin, end, masked.begin1, masked.end1, masked.begin2, masked.end2};
 #pragma unroll
   for (int i = 0; i < 6; ++i) runs.ends[i][key_index] = ends[i];
+}
+
+// Rows [row, row + 32) that the recipe's ids show a lane's key. A converged warp.
+__device__ __forceinline__ uint32_t word_of_ids(const BackwardParams& p, rules::Place place,
+                                                int position, bool exists, int row, int lane) {
+  const rules::Node& node = p.program.nodes[p.recipe.ids];
+  int64_t column_id = 0, row_id = 0;
+  if (exists) {
+    const int64_t key = rules::key_at(p.program, place, position);
+    column_id = rules::load_integer(node.columns, place, key * node.columns.row_stride);
+  }
+  if (row + lane < p.q_len) {
+    row_id = rules::load_integer(node.rows, place, (row + lane) * node.rows.row_stride);
+  }
+  return rows_of_id(row_id, column_id, rules::low_bits(rules::min_of(p.q_len - row, 32)),
+                    node.flag != 0);
 }
 
 __device__ __forceinline__ void arrive_bits(ptx::Barrier& barrier, int lane) {
@@ -105,6 +122,11 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
             }
           } else {
             word = rules::column_word(p.program, request.place, position, row);
+          }
+        }
+        if constexpr (C.masks() == MaskPath::kRecipe && ids_by_recipe(C.chained, C.features)) {
+          if (p.recipe.ids >= 0 && row < p.q_len) {
+            word &= word_of_ids(p, request.place, position, exists, row, lane);
           }
         }
         shared.bits[slots.slot][key][half] = word;

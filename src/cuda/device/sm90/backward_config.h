@@ -34,6 +34,7 @@ struct BackwardConfig {
   int32_t adds_keys;  // 1: a group's query heads are items of their own, and what they make of dK
                       // and dV is added up (backward_key_sums.h)
   int32_t features;   // score options: kSoftcap and so on; of prepare: kRowNumbers
+  int32_t split;      // 1: dQ is not made here but by other blocks (backward_split.h)
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether math threads read rows' numbers in float32. A softcap comes between S and lse, and what
@@ -52,6 +53,8 @@ struct BackwardConfig {
     if (puts_aside_in_registers()) return 0;
     return wide != 0 || pieces == 0 ? pieces : pieces - 1;
   }
+  // Whether a warpgroup of its own makes dQ.
+  constexpr bool has_query() const { return wide == 0 && split == 0; }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr bool baked() const { return masks() == MaskPath::kBaked; }
   // Whether the warps that make bits have something to do.
@@ -59,12 +62,12 @@ struct BackwardConfig {
   constexpr int rows() const { return kBackwardRows; }
   constexpr int columns() const { return wide != 0 ? 64 : 128; }
   constexpr plan::TileShape tile() const { return {rows(), columns()}; }
-  // Producers, warpgroups that own keys, and unless wide the one that makes dQ.
-  constexpr int warpgroups() const { return 1 + kBackwardWarpgroups + (wide != 0 ? 0 : 1); }
+  // Producers, warpgroups that own keys, and the one that makes dQ.
+  constexpr int warpgroups() const { return 1 + kBackwardWarpgroups + (has_query() ? 1 : 0); }
   constexpr int threads() const { return 128 * warpgroups(); }
   constexpr int registers() const {
     return load_registers + kBackwardWarpgroups * math_registers +
-           (wide != 0 ? 0 : query_registers);
+           (has_query() ? query_registers : 0);
   }
   // dQ of a row tile is made in so many parts of the depth: by as many warpgroups (wide), or one
   // after the other, 32 accumulators a thread each.
@@ -91,6 +94,14 @@ struct BackwardConfig {
   }
 };
 
+inline constexpr int kItemCounters = 2;
+
+// Whether a recipe's ids have code of their own. Beside dropout's pattern and the waiting for turns
+// there are no registers for it.
+constexpr bool ids_by_recipe(bool chained, int32_t features) {
+  return !(chained && (features & kDropout) != 0);
+}
+
 // Of prepare: it leaves the rows' numbers in float32 too.
 inline constexpr int32_t kRowNumbers = 1;
 
@@ -102,6 +113,15 @@ struct BiasGradient {
   int64_t head_stride;
   int64_t row_stride;
   int32_t wide;  // 1: float32
+};
+
+// Whether some blocks make dK and dV and others dQ (backward_split.h), or each all of them. Whoever
+// launches the kernels does not know the mask, so both are launched, and one returns at once.
+struct SplitChoice {
+  const int64_t* visible_tiles;  // of the plan's column map; null: never
+  int64_t most;                  // apart, unless there are more of them
+
+  bool splits() const { return visible_tiles != nullptr && *visible_tiles <= most; }
 };
 
 // Everything that the three kernels of a backward pass read. Strides are in elements, and the last
@@ -135,7 +155,7 @@ struct BackwardParams {
   uint16_t* stats;  // [row tile][64][kRowStats]
   // [row tile][2], chained: how many key tiles have added to each part
   int32_t* turns;
-  int32_t* next_item;
+  int32_t* next_item;  // [kItemCounters]: of key tiles, and of row tiles (backward_split.h)
 
   int32_t batch;
   int32_t q_heads;
@@ -151,12 +171,16 @@ struct BackwardParams {
 
   int32_t row_tiles;
   // (batch, head) pairs, heads innermost: kv heads, or query heads where these are items of their
-  // own
+  // own, and then each as often as there are segments
   int32_t pairs;
-  int32_t chunk;  // pairs that run together, so that their Q, dO and dQ stay in L2
-  int32_t tail;   // pairs at the end that run together, so that blocks end together
-  int32_t items;  // pairs * key tiles
+  int32_t segments;       // of the rows, 1 unless query heads are items of their own
+  int32_t segment_tiles;  // row tiles of each, a multiple of 32 if there are several
+  int32_t chunk;          // pairs that run together, so that their Q, dO and dQ stay in L2
+  int32_t tail;           // pairs at the end that run together, so that blocks end together
+  int32_t items;          // pairs * key tiles
+  int32_t blocks;         // that share the items
 
+  SplitChoice choice;
   plan::TileMap columns;  // outer: key tiles
   plan::TileMap rows;     // outer: row tiles; chained only
   RunRecipe recipe;

@@ -51,6 +51,7 @@ __device__ __forceinline__ void write_key_grads(const float* from, float scale, 
 // A block a key tile of a kv head, a warpgroup for each half of it.
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_key_finish_kernel(const BackwardParams& p) {
+  if (p.choice.splits()) return;
   const int tiles = p.columns.outer_tiles;
   const int pair = blockIdx.x / tiles, key_tile = blockIdx.x - pair * tiles;
   const int batch = pair / p.kv_heads, kv_head = pair - batch * p.kv_heads;
@@ -65,8 +66,9 @@ __device__ __forceinline__ void backward_key_finish_kernel(const BackwardParams&
   uint16_t* v_grad = static_cast<uint16_t*>(p.v_grad) + batch * p.v_grad_batch_stride +
                      kv_head * p.v_grad_head_stride;
   write_key_grads<C.half != 0, C.value_depth>(
-      key_sums_at<C.value_depth>(p, p.v_sums, batch, kv_head, key_tile, half, thread), 1.0f, v_grad,
-      p.v_grad_row_stride, order, first_key, p.kv_len, p.value_depth, thread);
+      key_sums_at<C.value_depth>(p, p.v_sums, batch, kv_head, key_tile, half, thread),
+      p.scores.keep_scale, v_grad, p.v_grad_row_stride, order, first_key, p.kv_len, p.value_depth,
+      thread);
 }
 
 }  // namespace anymask::cuda

@@ -24,6 +24,7 @@ struct BackwardMath {
   static constexpr ptx::Element kElement = kHalf ? ptx::Element::kF16 : ptx::Element::kBf16;
   static constexpr int kKeySlabBytes = Shared::kColumns * kSlabRowBytes;
   static constexpr int kRowSlabBytes = Shared::kTileRowBytes;
+  static constexpr bool kValuesInFlight = C.split != 0;
   using ScoreProduct = ptx::Wgmma<kElement, kBackwardRows>;
   using KeyProduct = ptx::Wgmma<kElement, C.depth>;
   using ValueProduct = ptx::Wgmma<kElement, C.value_depth>;
@@ -37,7 +38,7 @@ struct BackwardMath {
   Ring<C.k_stages> k_ring;
   Ring<C.q_stages> q_ring;
   Ring<C.o_stages> o_ring;
-  Ring<C.slope_slots> slope_ring;
+  Ring<Shared::kSlopeSlots> slope_ring;
   Ring<C.bit_slots> bit_ring;
   uint32_t v_parity = 0;  // of v_full
   int run_slot = -1;      // where the runs of the item's keys are
@@ -227,8 +228,7 @@ struct BackwardMath {
   __device__ __forceinline__ void store_v_grad(const BackwardItem& item,
                                                const float (&v_grad)[C.value_depth / 2]) {
     if constexpr (C.adds_keys != 0) {
-      if (item.steps > 0)
-        add_key_grads<C.value_depth>(sums_of<C.value_depth>(p.v_sums, item), v_grad);
+      add_key_grads<C.value_depth>(sums_of<C.value_depth>(p.v_sums, item), v_grad);
       return;
     }
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
@@ -241,7 +241,7 @@ struct BackwardMath {
   __device__ __forceinline__ void store_k_grad(const BackwardItem& item,
                                                const float (&k_grad)[C.depth / 2]) {
     if constexpr (C.adds_keys != 0) {
-      if (item.steps > 0) add_key_grads<C.depth>(sums_of<C.depth>(p.k_sums, item), k_grad);
+      add_key_grads<C.depth>(sums_of<C.depth>(p.k_sums, item), k_grad);
       return;
     }
     uint16_t* to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
@@ -251,6 +251,15 @@ struct BackwardMath {
 
   __device__ __forceinline__ void issue_scores(float (&piece)[kPieceValues]) {
     issue_piece<C.depth>(piece, shared.k[k_ring.slot], shared.q[q_ring.slot], 0, q_ring.slot);
+  }
+
+  // dV and what it was made of, once its product is done.
+  __device__ __forceinline__ void take_v_grad(float (&v_grad)[C.value_depth / 2],
+                                              uint32_t (&weights)[kPieceValues / 2]) {
+    ptx::pin(weights);
+    ptx::pin(v_grad);
+    arrive(shared.out_grad_empty[o_ring.slot]);
+    o_ring.next();
   }
 
   // One row tile. On entry its S is ready in `piece`; kMore: on return so is that of the next. Else
@@ -270,16 +279,14 @@ struct BackwardMath {
     issue_piece<C.value_depth>(piece, shared.v, shared.out_grad[o_ring.slot], 1, now);
     issue_v_grad(v_grad, weights, o_ring.slot);
     pass_turn();
-    // For dV too: with it in flight a thread would need 224 registers instead of 208.
-    ptx::wgmma_wait<0>();
+    // For dV too where a warpgroup makes dQ: with it in flight a thread would need 224 registers
+    // instead of the 208 that this leaves.
+    ptx::wgmma_wait<kValuesInFlight ? 1 : 0>();
     ptx::pin(piece);
-    ptx::pin(weights);
-    ptx::pin(v_grad);
+    if constexpr (!kValuesInFlight) take_v_grad(v_grad, weights);
     if constexpr (!kMore) arrive(shared.v_empty);
-    arrive(shared.out_grad_empty[o_ring.slot]);
-    o_ring.next();
     make_slopes(piece, weights, now, slopes);
-    publish_slopes(slopes);
+    if constexpr (C.has_query()) publish_slopes(slopes);
     if constexpr (kMore) shared.q_full[q_ring.slot].wait(q_ring.parity);
     take_turn();
     issue_k_grad(k_grad, slopes, now);
@@ -289,9 +296,13 @@ struct BackwardMath {
       pass_turn();
       ptx::wgmma_wait<0>();
       ptx::pin(piece);
+      if constexpr (kValuesInFlight) take_v_grad(v_grad, weights);
       ptx::pin(k_grad);
       ptx::pin(slopes);
       arrive(shared.q_empty[now]);
+    } else if constexpr (kValuesInFlight) {
+      ptx::wgmma_wait<1>();
+      take_v_grad(v_grad, weights);
     }
   }
 
@@ -334,8 +345,12 @@ struct BackwardMath {
   __device__ __forceinline__ BackwardItem take_item(Ring<kItemSlots>& items) {
     shared.item_full[items.slot].wait(items.parity);
     const BackwardItem& slot = shared.items[items.slot];
-    const BackwardItem item = {ptx::uniform(slot.key_tile), ptx::uniform(slot.batch),
-                               ptx::uniform(slot.kv_head), ptx::uniform(slot.steps), 0};
+    const BackwardItem item = {ptx::uniform(slot.key_tile),
+                               ptx::uniform(slot.batch),
+                               ptx::uniform(slot.kv_head),
+                               ptx::uniform(slot.steps),
+                               0,
+                               0};
     arrive(shared.item_empty[items.slot]);
     items.next();
     return item;

@@ -9,9 +9,10 @@
 
 namespace anymask::cuda {
 
+// index: of the first item, or kDrawFirst.
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardShared<C>& shared,
-                                              int lane) {
+                                              int lane, int index) {
   using Shared = BackwardShared<C>;
   Ring<kItemSlots> items;
   Ring<C.q_stages> q_ring;
@@ -41,6 +42,16 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     bit_ring.next();
   };
 
+  // Where dQ is made by other blocks they read the same K and V.
+  const auto load = [](void* to, const TensorMapBytes& map, ptx::Barrier& full, int column,
+                       const BackwardItem& item) {
+    const int key = item.key_tile * C.columns();
+    if constexpr (C.split != 0) {
+      ptx::load_box(to, &map, full, column, key, item.kv_head, item.batch);
+    } else {
+      ptx::load_box_once(to, &map, full, column, key, item.kv_head, item.batch);
+    }
+  };
   auto load_k = [&](const BackwardItem& item) {
     shared.k_empty[k_ring.slot].wait(k_ring.parity ^ 1);
     if (lane == 0) {
@@ -48,8 +59,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       full.arrive_expect(Shared::kKBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kSlabs; ++slab) {
-        ptx::load_box_once(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
-                           item.key_tile * C.columns(), item.kv_head, item.batch);
+        load(shared.k[k_ring.slot][slab], p.k, full, slab * kSlabColumns, item);
       }
     }
     k_ring.next();
@@ -61,15 +71,20 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       shared.v_full.arrive_expect(Shared::kVBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
-        ptx::load_box_once(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns,
-                           item.key_tile * C.columns(), item.kv_head, item.batch);
+        load(shared.v[slab], p.v, shared.v_full, slab * kSlabColumns, item);
       }
     }
   };
 
-  for (int index = blockIdx.x;; items.next()) {
-    BackwardItem item = {0, 0, 0, -1, 0};
+  if (index == kDrawFirst) index = p.blocks + draw_item(p.next_item, lane);
+  for (;;) {
+    BackwardItem item = {0, 0, 0, -1, 0, 0};
     if (index < p.items) item = item_at<C>(p, index);
+    if (C.adds_keys != 0 && item.steps == 0) {
+      if (p.segments > 1) pass_over(p, item, index, lane);
+      index = p.blocks + draw_item(p.next_item, lane);
+      continue;
+    }
     shared.item_empty[items.slot].wait(items.parity ^ 1);
     if (lane == 0) {
       shared.items[items.slot] = item;
@@ -117,7 +132,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
             shared.step_places[q_ring.slot] = {head, item.batch, item.key_tile, begins};
             begins = 0;
           }
-          if constexpr (C.wide == 0) shared.sent[sent_ring.slot] = step;
+          if constexpr (C.has_query()) shared.sent[sent_ring.slot] = step;
           if constexpr (Shared::kWaitsForTurns) shared.sent_full[sent_ring.slot].arrive();
           full.arrive_expect(Shared::kQBytes);
 #pragma unroll
@@ -164,11 +179,16 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         const rules::Place place = mask_place(p, item.batch, head);
         late = late_row_tiles(p.columns, map_row(p, p.columns, place, item.key_tile), lane);
       }
-      for_each_row_tile<C>(p, item, head, {late.end, p.row_tiles}, lane, visit);
+      Span span = {late.end, p.row_tiles};
+      if constexpr (C.adds_keys != 0) {
+        span = {item.first_tile, rules::min_of(item.first_tile + p.segment_tiles, p.row_tiles)};
+      }
+      for_each_row_tile<C>(p, item, head, span, lane, visit);
       if constexpr (C.chained != 0) for_each_row_tile<C>(p, item, head, late, lane, visit);
     }
     if (C.chained != 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
-    index = gridDim.x + __shfl_sync(0xffffffffu, claimed, 0);
+    index = p.blocks + __shfl_sync(0xffffffffu, claimed, 0);
+    items.next();
   }
   if constexpr (C.makes_bits()) ask_for_bits({0, -1, {0, 0}, 0}, {0, 0, 0}, nullptr);
 }

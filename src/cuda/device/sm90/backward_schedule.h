@@ -29,6 +29,9 @@ __device__ __forceinline__ int heads_of_item(const BackwardParams& p) {
 // sums the last key tile comes first instead: under a causal mask a block's first row tile is then
 // one that nobody before it adds to, so hardly anything is waited for (with the first key tile
 // first, all blocks of a head would have to march at the same row).
+//
+// With segments an item meets the row tiles of one: blocks that work side by side are then at rows
+// that fit L2, however few row tiles each of them meets.
 template <BackwardConfig C>
 __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int index) {
   const int tiles = p.columns.outer_tiles;
@@ -40,7 +43,11 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   int pair = first_pair + rest - rank * pairs;
   if constexpr (C.has(kBias)) pair = p.first_pair + pair * p.pair_step;
   BackwardItem item;
+  item.first_tile = 0;
   if constexpr (C.adds_keys != 0) {
+    const int whole = pair / p.segments;
+    item.first_tile = (pair - whole * p.segments) * p.segment_tiles;
+    pair = whole;
     item.batch = pair / p.q_heads;
     item.first_head = pair - item.batch * p.q_heads;
     item.kv_head = item.first_head / p.group_heads;
@@ -56,11 +63,32 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
         p.columns.order[map_row(p, p.columns, mask_place(p, item.batch, item.first_head), rank)];
   }
   item.steps = 0;
+  if (C.adds_keys != 0 && p.segments > 1) {
+    const int64_t row =
+        map_row(p, p.columns, mask_place(p, item.batch, item.first_head), item.key_tile);
+    const int begin = item.first_tile / 32;
+    const int end = rules::min_of(begin + p.segment_tiles / 32, p.columns.words);
+    for (int word = begin; word < end; ++word) {
+      item.steps += __popc(p.columns.visible[row * p.columns.words + word]);
+    }
+    return item;
+  }
   for (int i = 0; i < heads_of_item<C>(p); ++i) {
     const rules::Place place = mask_place(p, item.batch, item.first_head + i);
     item.steps += p.columns.count[map_row(p, p.columns, place, item.key_tile)];
   }
   return item;
+}
+
+// Where query heads are items of their own and this one meets nothing: the key tiles of a pair that
+// meet nothing at all come last (often most of them, where keys are reordered), and the counter
+// passes over them together.
+__device__ __forceinline__ void pass_over(const BackwardParams& p, const BackwardItem& item,
+                                          int index, int lane) {
+  const int tiles = p.columns.outer_tiles;
+  const rules::Place place = mask_place(p, item.batch, item.first_head);
+  if (p.columns.count[map_row(p, p.columns, place, item.key_tile)] > 0) return;
+  if (lane == 0) atomicMax(p.next_item, (index / tiles + 1) * tiles - p.blocks);
 }
 
 // A row tile that an item's key tile meets.

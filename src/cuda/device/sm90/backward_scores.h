@@ -105,7 +105,12 @@ struct ScoreOptionsOfThread {
       }
       if (const int r = lane % 4; r < 2) {
         float* const to = shared.key_sum_places[key + 8 * r];
-        if (to != nullptr) *to = r == 0 ? sums.x : sums.y;
+        const float sum = r == 0 ? sums.x : sums.y;
+        if (to != nullptr && C.adds_keys != 0) {
+          atomicAdd(to, sum);  // segments of rows have one each
+        } else if (to != nullptr) {
+          *to = sum;
+        }
       }
       __syncwarp();
     }

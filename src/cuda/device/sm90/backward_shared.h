@@ -15,6 +15,7 @@ struct BackwardItem {
   int32_t kv_head;
   int32_t steps;       // visible row tiles, over all of the item's query heads
   int32_t first_head;  // of its query heads: the group's, or it alone
+  int32_t first_tile;  // of the row tiles that it may meet
 };
 
 // One row tile of one query head.
@@ -72,6 +73,7 @@ inline constexpr int kTensorBarrier = 5;   // + math warpgroup: its products are
 template <BackwardConfig C>
 struct BackwardShared {
   static_assert(C.q_stages + C.slope_slots + 2 <= kSentSlots);
+  static constexpr int kSlopeSlots = C.slope_slots > 0 ? C.slope_slots : 1;
   static constexpr int kSlabs = C.depth / kSlabColumns;
   static constexpr int kValueSlabs = C.value_depth / kSlabColumns;
   static constexpr int kColumns = C.columns();
@@ -84,7 +86,7 @@ struct BackwardShared {
   alignas(1024) uint8_t q[C.q_stages][kSlabs][kTileRowBytes];
   alignas(1024) uint8_t out_grad[C.o_stages][kValueSlabs][kTileRowBytes];
   // dS^T: a row of 64 queries per key
-  alignas(1024) uint8_t slopes[C.slope_slots][kColumns * kSlabRowBytes];
+  alignas(1024) uint8_t slopes[kSlopeSlots][C.slope_slots > 0 ? kColumns* kSlabRowBytes : 16];
   // dK and dV on their way out: 16 keys x 64 columns a math warp.
   alignas(1024) uint8_t grads[C.wide != 0 ? 16 : kMathWarps * kBackwardWarpgroups][kGradBytes];
   alignas(1024) uint8_t weights[C.wide != 0 ? kColumns * kSlabRowBytes : 16];  // P^T, wide only
@@ -104,7 +106,7 @@ struct BackwardShared {
   ptx::Barrier q_full[C.q_stages], q_empty[C.q_stages];
   ptx::Barrier out_grad_full[C.o_stages], out_grad_empty[C.o_stages];
   ptx::Barrier sent_full[kSentSlots], turn_full[kTurnSlots], turn_empty[kTurnSlots];
-  ptx::Barrier slopes_full[C.slope_slots], slopes_empty[C.slope_slots], weights_empty;
+  ptx::Barrier slopes_full[kSlopeSlots], slopes_empty[kSlopeSlots], weights_empty;
   ptx::Barrier request_full[C.bit_slots], bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
 
@@ -132,7 +134,7 @@ struct BackwardShared {
 
   static constexpr int kMathArrivals = kMathWarps * kBackwardWarpgroups;
   // Who reads K and the list of items: the warpgroup that makes dQ too.
-  static constexpr int kAllArrivals = kMathArrivals + (C.wide != 0 ? 0 : kMathWarps);
+  static constexpr int kAllArrivals = kMathArrivals + (C.has_query() ? kMathWarps : 0);
   // Warp 0 of the producer warpgroup loads, the next one waits for turns if there are any, the
   // others make bits.
   static constexpr bool kWaitsForTurns = C.chained != 0 && C.wide == 0;

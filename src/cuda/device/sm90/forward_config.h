@@ -1,4 +1,6 @@
-// The Hopper forward kernel's variants and its one parameter. Host and device.
+// The variants of the Hopper kernels that walk row tiles, which are the forward kernel and the
+// backward's blocks that make dQ (backward_rows.h), and the forward kernel's one parameter. Host
+// and device.
 #pragma once
 
 #include "cuda/device/ptx/element.h"
@@ -33,6 +35,7 @@ struct ForwardConfig {
   int32_t math_registers;  // of a thread, after the warpgroups have traded
   int32_t load_registers;
   int32_t features;  // score options: kSoftcap and so on
+  int32_t gradient;  // 1: dQ is made, with dO beside Q; the map has a row tile for each warpgroup
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether the bit-making warps have something for every tile, not only for partial ones.
@@ -42,6 +45,8 @@ struct ForwardConfig {
   // Whether those warps wait for a slot and announce it once a tile, or once every 32 columns.
   constexpr bool whole_slots() const { return every_tile() || baked(); }
   constexpr int rows() const { return 64 * warpgroups; }
+  // Row tiles of the map that an item has.
+  constexpr int map_rows() const { return gradient != 0 ? warpgroups : 1; }
   constexpr plan::TileShape tile() const { return {rows(), columns}; }
   // A strip (the rows of one warpgroup) works on as few blocks of 64 columns of a partial tile as
   // it sees anything in; tiles of other widths are one block.
@@ -53,11 +58,12 @@ struct ForwardConfig {
   constexpr int word_groups() const { return plan::groups_of(tile()); }
   // Sets of words in a slot of the ring of bits: the mask's, and of the pairs that dropout keeps.
   constexpr int word_sets() const { return has(kDropout) ? 2 : 1; }
-  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers, classes
-  // and the like, which need less than 640 bytes.
+  // Q (and dO), the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers,
+  // classes and the like, which need less than 640 bytes.
   constexpr int shared_bytes() const {
     const int small = 640 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
-    return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
+    return rows() * (depth + gradient * value_depth) * 2 +
+           columns * (k_stages * depth + v_stages * value_depth) * 2 +
            bit_slots * word_sets() * warpgroups * word_groups() * 1024 +
            (small + 1023) / 1024 * 1024;
   }
@@ -72,13 +78,13 @@ struct alignas(64) TensorMapBytes {
 // one bitmap and one pair of ids needs no postfix machine: per column, three runs of rows say all
 // but the bitmap and the ids. Indices are of program nodes, -1: none.
 struct RunRecipe {
-  int32_t usable;            // 0: the program has ids, or needs the machine
+  int32_t usable;            // 0: the program needs the machine
   int32_t band_lo, band_hi;  // of all bands together
   int32_t intervals;
   int32_t segments;
   int32_t prefix;
   int32_t bits;
-  int32_t ids;    // then the rest of the recipe holds too
+  int32_t ids;
   int32_t holes;  // runs of masked rows a column that bands and the like cannot express: 0, 1, 2
 };
 
@@ -121,7 +127,6 @@ inline RunRecipe recipe_of(const rules::Program& program) {
     if (slot == nullptr || *slot >= 0) return RunRecipe{0, 0, 0, -1, -1, -1, -1, -1, 0};
     *slot = i;
   }
-  if (recipe.ids >= 0) recipe.usable = 0;
   if (recipe.intervals >= 0) {
     const auto form = static_cast<rules::IntervalForm>(program.nodes[recipe.intervals].flag);
     if (form == rules::IntervalForm::kRun) recipe.holes = 1;
@@ -130,10 +135,10 @@ inline RunRecipe recipe_of(const rules::Program& program) {
   return recipe;
 }
 
-// How the forward pass comes by the bits of a map's partial tiles. Host only.
+// How a pass comes by the bits of a map's partial tiles. Host only.
 inline MaskPath mask_path(const RunRecipe& recipe, const plan::TileMap& map) {
   if (map.baked != nullptr) return MaskPath::kBaked;
-  if (recipe.usable == 0 && recipe.ids < 0) return MaskPath::kMachine;
+  if (recipe.usable == 0) return MaskPath::kMachine;
   const bool one_run = recipe.bits < 0 && recipe.ids < 0 && recipe.holes == 0;
   return one_run ? MaskPath::kRuns : MaskPath::kRecipe;
 }
@@ -160,6 +165,7 @@ struct ForwardParams {
   int32_t pairs;       // batch * q_heads: (batch, head) pairs, heads innermost
   int32_t chunk;       // pairs that run together, so that their K and V stay in L2
   int32_t items;       // pairs * row tiles
+  int32_t blocks;      // that share the items
   int32_t* next_item;  // 0 at launch; null: every block has one item at most
 
   plan::TileMap map;

@@ -8,13 +8,13 @@
 
 namespace anymask::cuda {
 
-template <ForwardConfig C>
+// Params: ForwardParams, or what is derived from it.
+template <ForwardConfig C, typename Params, typename Shared>
 struct LoadWarp {
-  using Shared = ForwardShared<C>;
   // Looking without a pause takes issue slots from the math warps: 3% of a causal pass.
   static constexpr uint32_t kPollNanoseconds = 200;
 
-  const ForwardParams& p;
+  const Params& p;
   Shared& shared;
   const int lane;
 
@@ -27,6 +27,17 @@ struct LoadWarp {
   uint32_t q_parity = 0;  // a bit per warpgroup
   uint32_t q_wanted = 0;  // warpgroups whose Q of this item is still to be loaded
 
+  // A warpgroup's 64 rows of Q or dO.
+  template <typename Slabs>
+  __device__ __forceinline__ void load_rows(Slabs& slabs, const TensorMapBytes& map, int w) {
+    int column = 0;
+    for (auto& slab : slabs) {
+      ptx::load_box(slab, &map, shared.q_full[w], column, item.row_tile * C.rows() + 64 * w,
+                    item.head, item.batch);
+      column += kSlabColumns;
+    }
+  }
+
   // A warpgroup frees its Q when its own last Q K^T of the item before is done, and they are done
   // at different times: so Q is loaded whenever one frees it, while this warp waits for others.
   __device__ __forceinline__ void load_freed_q() {
@@ -37,12 +48,9 @@ struct LoadWarp {
       q_wanted ^= 1u << w;
       q_parity ^= 1u << w;
       if (ptx::elect_one()) {
-        shared.q_full[w].arrive_expect(Shared::kQBytes);
-#pragma unroll
-        for (int slab = 0; slab < C.depth / kSlabColumns; ++slab) {
-          ptx::load_box(shared.q[w][slab], &p.q, shared.q_full[w], slab * kSlabColumns,
-                        item.row_tile * C.rows() + 64 * w, item.head, item.batch);
-        }
+        shared.q_full[w].arrive_expect(Shared::kRowBytes);
+        load_rows(shared.q[w], p.q, w);
+        if constexpr (C.gradient != 0) load_rows(shared.out_grad[w], p.out_grad, w);
       }
     }
   }
@@ -98,7 +106,7 @@ struct LoadWarp {
     }
     // K runs one tile ahead of V: its stage frees first, and it is wanted first.
     int tile = 0, tile_before = 0;
-    TileWalker walker(p, item);
+    TileWalker<C> walker(p, item);
     const int publish_at = tiles > 1 ? tiles - 2 : 0;
 #pragma unroll 1
     for (int i = 0; i <= tiles; ++i) {
@@ -109,7 +117,7 @@ struct LoadWarp {
       }
       if (i > 0) load_v(tile_before);
       tile_before = tile;
-      if (i == publish_at) publish(gridDim.x + __shfl_sync(0xffffffffu, claimed, 0));
+      if (i == publish_at) publish(p.blocks + __shfl_sync(0xffffffffu, claimed, 0));
     }
     while (q_wanted != 0) load_freed_q();
   }
@@ -117,7 +125,7 @@ struct LoadWarp {
   // Makes `next` the item at `index` and tells the other warps.
   __device__ __forceinline__ void publish(int index) {
     next = {0, 0, 0, -1};
-    if (index < p.items) next = item_at(p, index);
+    if (index < p.items) next = item_at<C>(p, index);
     shared.item_empty[items.slot].wait(items.parity ^ 1);
     if (lane == 0) {
       shared.items[items.slot] = next;
@@ -129,10 +137,11 @@ struct LoadWarp {
     items.next();
   }
 
-  __device__ __forceinline__ void run() {
+  // first: the first item, or kDrawFirst.
+  __device__ __forceinline__ void run(int first) {
     // Before the first item comes one without tiles, which only publishes.
     next = {0, 0, 0, 0};
-    int claimed = static_cast<int>(blockIdx.x) - static_cast<int>(gridDim.x);
+    int claimed = first == kDrawFirst ? draw_item(p.next_item, lane) : first - p.blocks;
     do {
       // Uniform, so that the copies' coordinates are: else each sits in a loop over the lanes, and
       // a stage that came free waits for it.

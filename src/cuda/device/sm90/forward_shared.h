@@ -14,6 +14,16 @@ inline constexpr int kMathWarps = 4;  // warps of a warpgroup
 inline constexpr int kBitWarps = 3;   // of the producer warpgroup; the fourth loads
 inline constexpr int kItemSlots = 3;  // in math, loading, and published ahead
 
+// Instead of the number of a block's first item: it is drawn like all others.
+inline constexpr int kDrawFirst = -1;
+
+// The next number of a counter, by a converged warp.
+__device__ __forceinline__ int draw_item(int32_t* counter, int lane) {
+  int drawn = 0;
+  if (lane == 0) drawn = atomicAdd(counter, 1);
+  return __shfl_sync(0xffffffffu, drawn, 0);
+}
+
 // One row tile of one head. count < 0: no more work.
 struct Item {
   int32_t row_tile;
@@ -71,7 +81,7 @@ struct ForwardShared {
   RecipeArrays arrays[kItemSlots];
 
   static_assert(sizeof(TileBits<C>) == plan::row_tile_words(C.tile()) * 4);
-  static constexpr int kQBytes = 64 * C.depth * 2;  // of one warpgroup
+  static constexpr int kRowBytes = 64 * C.depth * 2;  // of one warpgroup's rows
   static constexpr int kKBytes = C.columns * C.depth * 2;
   static constexpr int kVBytes = C.columns * C.value_depth * 2;
 

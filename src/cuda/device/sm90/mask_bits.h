@@ -9,6 +9,7 @@
 
 #include "cuda/device/ptx/bulk.h"
 #include "cuda/device/ptx/registers.h"
+#include "cuda/device/rows_of_id.h"
 #include "cuda/device/sm90/dropout_bits.h"
 #include "cuda/device/sm90/schedule.h"
 #include "rules/evaluate.h"
@@ -104,22 +105,6 @@ __device__ __forceinline__ ColumnRuns column_runs(const ForwardParams& p,
 // Rows begin..end - 1, counted from the word's first.
 __device__ __forceinline__ uint32_t run_of(int begin, int end) {
   return ptx::ones_from(begin) & ~ptx::ones_from(end);
-}
-
-// Which of 32 rows share this lane's column id, or are open to all columns: the few different ids
-// among 32 rows are gone through one by one. A converged warp; `row_id`: of the row `lane`, where
-// `rows` has its bit.
-__device__ __forceinline__ uint32_t rows_of_id(int64_t row_id, int64_t column_id, uint32_t rows,
-                                               bool open) {
-  const uint32_t open_rows = open ? __ballot_sync(0xffffffffu, row_id >= 0) : 0;
-  uint32_t seen = open_rows, left = rows & ~open_rows;
-  while (left != 0) {
-    const int64_t id = __shfl_sync(0xffffffffu, static_cast<long long>(row_id), __ffs(left) - 1);
-    const uint32_t same = __ballot_sync(0xffffffffu, row_id == id);
-    if (column_id == id) seen |= same;
-    left &= ~same;
-  }
-  return seen;
 }
 
 // An integer of an array that begins at `data`.
@@ -318,7 +303,7 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
     }
     if constexpr (C.has(kDropout)) dropout = dropout_of(p.scores, item.batch, item.head);
 
-    TileWalker walker(p, item);
+    TileWalker<C> walker(p, item);
 #pragma unroll 1
     for (int i = 0; i < item.count; ++i) {
       walker.next();

@@ -58,10 +58,29 @@ __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, co
   return arrays;
 }
 
+// Of an item that has kRows row tiles of the map: those key tiles that any of them sees.
+template <int kRows>
+__device__ __forceinline__ int count_union(const ForwardParams& p, int64_t first_row, int rows) {
+  const uint32_t* visible = p.map.visible + first_row * p.map.words;
+  int count = 0;
+  for (int word = 0; word < p.map.words; ++word) {
+    uint32_t tiles = 0;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      if (r < rows) tiles |= visible[r * p.map.words + word];
+    }
+    count += __popc(tiles);
+  }
+  return count;
+}
+
 // Items in this order: chunks of (batch, head) pairs one after the other, so that the K and V of a
-// chunk stay in L2; inside a chunk the longest row tiles of all its pairs first.
+// chunk stay in L2; inside a chunk the longest row tiles of all its pairs first, or (where items
+// have several) the last.
+template <ForwardConfig C>
 __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
-  const int rows = p.map.outer_tiles;
+  constexpr int kRows = C.map_rows();
+  const int rows = (p.map.outer_tiles + kRows - 1) / kRows;
   const int chunk = index / (p.chunk * rows);
   const int first_pair = chunk * p.chunk;
   const int pairs = rules::min_of(p.chunk, p.pairs - first_pair);
@@ -72,16 +91,26 @@ __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
   item.batch = pair / p.q_heads;
   item.head = pair - item.batch * p.q_heads;
   const int64_t first = map_row(p, mask_place(p, item.batch, item.head), 0);
-  item.row_tile = p.map.order[first + rank];
-  item.count = p.map.count[first + item.row_tile];
+  if constexpr (kRows > 1) {
+    item.row_tile = rows - 1 - rank;
+    const int row = kRows * item.row_tile;
+    item.count = count_union<kRows>(p, first + row, p.map.outer_tiles - row);
+  } else {
+    item.row_tile = p.map.order[first + rank];
+    item.count = p.map.count[first + item.row_tile];
+  }
   return item;
 }
 
 // The visible tiles of an item in ascending order, walked by a converged warp: all lanes read the
-// same word, and 32 words share a cache line.
+// same word, and 32 words share a cache line. Where an item has several row tiles of the map, a
+// tile is partial also if only some of them see it.
+template <ForwardConfig C>
 struct TileWalker {
+  static constexpr int kRows = C.map_rows();
   const ForwardParams& p;
   const uint32_t* visible;
+  int rows;       // how many of kRows there are
   int word = -1;  // the word being walked, what is left of it, and its partial tiles
   uint32_t tiles = 0, partial = 0;
 
@@ -92,14 +121,27 @@ struct TileWalker {
   __device__ __forceinline__ TileWalker(const ForwardParams& params, const Item& item)
       : p(params),
         visible(p.map.visible +
-                map_row(p, mask_place(p, item.batch, item.head), item.row_tile) * p.map.words) {}
+                map_row(p, mask_place(p, item.batch, item.head), kRows * item.row_tile) *
+                    p.map.words),
+        rows(rules::min_of(kRows, p.map.outer_tiles - kRows * item.row_tile)) {}
 
   // Called item.count times.
   __device__ __forceinline__ void next() {
     while (tiles == 0) {
       ++word;
+      const uint32_t* const hidden = visible + (p.map.hidden - p.map.visible);
       tiles = visible[word];
-      partial = visible[word + (p.map.hidden - p.map.visible)];
+      partial = hidden[word];
+      uint32_t all = tiles;
+#pragma unroll
+      for (int r = 1; r < kRows; ++r) {
+        if (r >= rows) break;
+        const uint32_t more = visible[r * p.map.words + word];
+        tiles |= more;
+        all &= more;
+        partial |= hidden[r * p.map.words + word];
+      }
+      partial |= tiles & ~all;
     }
     const int bit = __ffs(tiles) - 1;
     tiles &= tiles - 1;

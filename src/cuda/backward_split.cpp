@@ -1,0 +1,170 @@
+#include "cuda/backward_split.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "cuda/backward_variants.h"
+#include "cuda/device/sm90/backward_split_params.h"
+#include "cuda/forward.h"
+#include "cuda/views.h"
+
+namespace anymask::cuda {
+namespace {
+
+constexpr KernelFamily kSplit{"backward_split",
+                              "cuda/device/sm90/backward_split.h",
+                              "anymask::cuda::SplitConfig",
+                              "anymask::cuda::SplitParams",
+                              "anymask::cuda::backward_split_kernel",
+                              90,
+                              true,
+                              static_cast<int>(sizeof(SplitParams))};
+
+constexpr int kMathRegisters = 232, kLoadRegisters = 40;
+
+// `main`: the variant that makes all gradients.
+constexpr BackwardConfig keys_variant(BackwardConfig main) {
+  main.split = 1;
+  main.chained = 0;
+  main.adds_keys = 0;
+  main.slope_slots = 0;
+  main.o_stages = 3;
+  main.query_registers = 0;
+  main.math_registers = kMathRegisters;
+  main.load_registers = kLoadRegisters;
+  return main;
+}
+
+constexpr ForwardConfig rows_variant(const BackwardConfig& main, MaskPath masks) {
+  ForwardConfig c{};
+  c.half = main.half;
+  c.depth = main.depth;
+  c.value_depth = main.value_depth;
+  c.warpgroups = 2;
+  c.columns = main.columns();
+  c.k_stages = 2;
+  c.v_stages = 2;
+  c.bit_slots = 3;
+  c.pieces = 1;
+  c.mask_path = static_cast<int32_t>(masks);
+  c.math_registers = kMathRegisters;
+  c.load_registers = kLoadRegisters;
+  c.gradient = 1;
+  return c;
+}
+
+constexpr bool variants_fit() {
+  for (const int depth : {64, 128}) {
+    for (const int value_depth : {64, 128}) {
+      BackwardConfig main{};
+      main.depth = depth;
+      main.value_depth = value_depth;
+      main.k_stages = 2;
+      main.q_stages = 3;
+      main.bit_slots = 4;
+      main.mask_path = static_cast<int32_t>(MaskPath::kRecipe);
+      const SplitConfig c{keys_variant(main), rows_variant(main, MaskPath::kRecipe)};
+      if (c.shared_bytes() > kBlockSharedBytes) return false;
+    }
+  }
+  return true;
+}
+static_assert(variants_fit());
+
+KernelConfig kernel_config(const BackwardConfig& main, MaskPath row_masks) {
+  const SplitConfig c{keys_variant(main), rows_variant(main, row_masks)};
+  KernelConfig config;
+  config.family = &kSplit;
+  config.count = sizeof(SplitConfig) / sizeof(int32_t);
+  std::memcpy(config.values.data(), &c, sizeof(c));
+  config.threads = c.keys.threads();
+  config.shared_bytes = c.shared_bytes();
+  return config;
+}
+static_assert(sizeof(SplitConfig) <= kMaxConfigValues * sizeof(int32_t));
+
+}  // namespace
+
+bool may_split(const Problem& problem, const BackwardConfig& config) {
+  // One more launch is lost on a call that does not fill the device a few times.
+  constexpr int64_t kLeastRows = 1 << 16;
+  return config.wide == 0 && config.features == 0 && !config.baked() && problem.kv_len > 0 &&
+         problem.batch * problem.q_heads * problem.q_len >= kLeastRows;
+}
+
+SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config) {
+  // Row tiles that a key tile meets, in the mean. On an H100 S = 1024 takes 1.33 to 1.38 times as
+  // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
+  constexpr int64_t kMostTiles = 12;
+  // Of all tiles, with one order of sums. Beyond that chains do not wait, and S and P once less are
+  // worth more: causal (0.5) 1.02 times as long split, random_eviction (0.38) 0.9.
+  constexpr double kMostShare = 0.4;
+  const plan::TileMap& map = call.columns;
+  const int64_t key_tiles = int64_t{call.program->batches} * call.program->heads * map.outer_tiles;
+  const int64_t few = key_tiles * kMostTiles;
+  if (config.chained == 0) return {map.total, few};
+  const double all = static_cast<double>(key_tiles * map.inner_tiles);
+  return {map.total, std::max(few, static_cast<int64_t>(all * kMostShare))};
+}
+
+KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config) {
+  return kernel_config(config, mask_path(recipe_of(*call.program), call.rows));
+}
+
+void backward_split(const BackwardCall& call, const BackwardParams& params,
+                    const BackwardConfig& config, int ordinal, CuStream stream) {
+  const Kernel& compiled = kernel(backward_split_kernel(call, config), ordinal);
+  const Gpu& device = gpu(ordinal);
+  SplitParams both{params, {}};
+
+  // As many pairs side by side as have what both kinds of blocks read in two fifths of L2.
+  BackwardParams& keys = both.keys;
+  keys.pairs = params.batch * params.kv_heads;
+  const int64_t rows_and_keys = int64_t{params.q_len} * params.group_heads + params.kv_len;
+  const int64_t bytes = rows_and_keys * (params.depth + params.value_depth) * 2;
+  keys.chunk =
+      static_cast<int32_t>(std::clamp<int64_t>(device.l2_bytes * 2 / 5 / bytes, 1, keys.pairs));
+  keys.tail = keys.chunk + (keys.pairs - keys.chunk) % keys.chunk;
+  keys.items = keys.pairs * params.columns.outer_tiles;
+
+  RowPassParams& rows = both.rows;
+  rows.recipe = params.recipe;
+  rows.q = params.q;
+  rows.k = params.k;
+  rows.v = params.v;
+  rows.out_grad = params.out_grad;
+  rows.q_grad = params.q_grad;
+  rows.q_grad_batch_stride = params.q_grad_batch_stride;
+  rows.q_grad_row_stride = params.q_grad_row_stride;
+  rows.q_grad_head_stride = params.q_grad_head_stride;
+  rows.row_numbers = params.row_numbers;
+  rows.scale = params.scale;
+  rows.scale_log2 = params.scale_log2;
+  rows.depth = params.depth;
+  rows.q_heads = params.q_heads;
+  rows.group_heads = params.group_heads;
+  rows.q_len = params.q_len;
+  rows.kv_len = params.kv_len;
+  rows.value_depth = params.value_depth;
+  rows.program = params.program;
+  rows.map = call.rows;
+  rows.pairs = params.batch * params.q_heads;
+  rows.chunk = keys.chunk * params.group_heads;
+  constexpr int kTilesAtOnce = 2;
+  rows.items = rows.pairs * ((call.rows.outer_tiles + kTilesAtOnce - 1) / kTilesAtOnce);
+  rows.next_item = params.next_item + 1;
+  const int blocks = device.multiprocessors;
+  // dK and dV take 1.15 to 1.37 times as long as dQ; 5 / 4 to begin with.
+  keys.blocks = blocks * 5 / 9;
+  rows.blocks = blocks - keys.blocks;
+  const auto grid = static_cast<uint32_t>(2 * blocks);  // the second half helps
+  launch(compiled, {grid}, stream, both);
+}
+
+std::vector<KernelConfig> backward_split_kernels(const BackwardConfig& main) {
+  // Masked runs of rows inside a column's are runs still where dK and dV are made.
+  if (main.masks() != MaskPath::kRuns) return {kernel_config(main, main.masks())};
+  return {kernel_config(main, MaskPath::kRuns), kernel_config(main, MaskPath::kRecipe)};
+}
+
+}  // namespace anymask::cuda

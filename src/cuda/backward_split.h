@@ -1,0 +1,29 @@
+// The Hopper backward with dQ apart from dK and dV, host side: for masks with so few pairs that
+// memory is what a pass waits for, and for sums in one order where chains would be long.
+#pragma once
+
+#include <vector>
+
+#include "cuda/backward.h"
+#include "cuda/device/sm90/backward_config.h"
+
+namespace anymask::cuda {
+
+// Whether a call may come to it; `config`: the main kernel's variant.
+bool may_split(const Problem& problem, const BackwardConfig& config);
+
+// When it does.
+SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config);
+
+// The variant for a call.
+KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config);
+
+// Queues the kernel, which returns at once unless `params.choice` is to split. params: as the main
+// kernel has them, with row numbers.
+void backward_split(const BackwardCall& call, const BackwardParams& params,
+                    const BackwardConfig& config, int ordinal, CuStream stream);
+
+// The variants that a release ships compiled, of those that may_split and whose `main` it is.
+std::vector<KernelConfig> backward_split_kernels(const BackwardConfig& main);
+
+}  // namespace anymask::cuda

@@ -1,0 +1,20 @@
+// Which variant of the Hopper backward's main kernel serves a call: docs/kernels/backward.md has
+// the reasons behind the numbers.
+#pragma once
+
+#include "cuda/device/sm90/backward_config.h"
+
+namespace anymask::cuda {
+
+inline constexpr int kBlockSharedBytes = 227 * 1024;
+
+// features: score options, kSoftcap and so on. split_groups: a group's query heads are to be items
+// of their own, where that can be.
+BackwardConfig backward_variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
+                                bool chained, int32_t features = 0, bool split_groups = false);
+
+// How the main kernel comes by the bits of a column map's partial tiles.
+MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool chained,
+                        int32_t features);
+
+}  // namespace anymask::cuda

@@ -1,0 +1,86 @@
+"""The backward with dQ apart from dK and dV: calls of many rows that see few keys each."""
+
+import anymask as am
+import mask_cases
+import numpy as np
+import pytest
+import reference
+from problem import HALVES, LENGTH, ON_GPU, assert_same, check, gradient_of, inputs, run
+
+BATCH, HEADS = (4, 24) if ON_GPU else (2, 4)  # 65536 rows and more, which is when it is used
+
+
+def short_documents(rng, m, n, rows=60):
+    """Ids of documents of about so many rows, another layout for each batch entry."""
+    count = max(1, min(m, n) // rows)
+    return [np.sort(rng.integers(0, count, (BATCH, x))).astype(np.int32) for x in (m, n)]
+
+
+def masks(rng, m, n):
+    """Masks that show a key tile a few row tiles, through every way bits are made."""
+    q_ids, kv_ids = short_documents(rng, m, n)
+    documents = am.documents(q_ids, kv_ids), reference.documents(q_ids, kv_ids)
+    causal = am.causal(), reference.causal(m, n)
+    window = am.sliding_window(50, 9), reference.sliding_window(m, n, 50, 9)
+    lists = [-1 - x[:, None].repeat(2, 1) for x in (q_ids, kv_ids)]
+    ids = am.ids(*lists), reference.ids(*lists)
+    bits = mask_cases.dense(rng, 1, 1, m, n)
+    yield tuple(a & b for a, b in zip(documents, causal))
+    yield window
+    yield tuple(a & b for a, b in zip(ids, causal))
+    yield tuple(a & b for a, b in zip(documents, ids))
+    yield tuple(a & b | c for a, b, c in zip(documents, causal, window))  # no recipe
+    yield tuple(a & b for a, b in zip(window, bits))
+    yield documents[0].reordered(), documents[1]
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype"),
+    [*(((128, 128), dtype) for dtype in HALVES), ((64, 64), "bfloat16"), ((128, 40), "float16")],
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_masks(dims, dtype, deterministic):
+    rng = np.random.default_rng(21)
+    m, n = LENGTH, LENGTH + 41
+    q, k, v = inputs(BATCH, m, n, (HEADS, HEADS), dims, dtype)
+    for mask, allowed in masks(rng, m, n):
+        check(q, k, v, mask, allowed, with_lse=True, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("kv_heads", [1, HEADS // 4, HEADS // 2])
+def test_grouped_heads(kv_heads):
+    rng = np.random.default_rng(22)
+    length = LENGTH + 3
+    q, k, v = inputs(BATCH, length, heads=(HEADS, kv_heads), dims=(128, 128))
+    for mask, allowed in masks(rng, length, length):
+        check(q, k, v, mask, allowed, scale=-0.2)
+
+
+def test_either_pass_in_one_batch_of_plans():
+    """The same variant of a call, dense and sparse by turns: both passes leave all in order."""
+    rng = np.random.default_rng(23)
+    q, k, v = inputs(BATCH, LENGTH, heads=(HEADS, HEADS), dims=(128, 128))
+    q_ids, kv_ids = short_documents(rng, LENGTH, LENGTH)
+    for _ in range(2):
+        check(q, k, v, am.causal(), reference.causal(LENGTH, LENGTH))
+        check(q, k, v, am.documents(q_ids, kv_ids), reference.documents(q_ids, kv_ids))
+
+
+def test_rows_and_keys_without_pairs():
+    q, k, v = inputs(BATCH, LENGTH, heads=(HEADS, HEADS), dims=(128, 128))
+    nobody = np.zeros((1, 1, LENGTH, LENGTH), bool)
+    check(q, k, v, ~am.full(), nobody)
+    q_ids = np.arange(LENGTH, dtype=np.int32) // 70
+    kv_ids = q_ids + 5
+    for deterministic in (False, True):
+        check(q, k, v, am.documents(q_ids, kv_ids), reference.documents(q_ids, kv_ids),
+              deterministic=deterministic)  # fmt: skip
+
+
+def test_sums_have_one_order():
+    """Without sums that blocks race for, results repeat bit by bit, asked to or not."""
+    q, k, v = inputs(BATCH, LENGTH, heads=(HEADS, HEADS), dims=(128, 128))
+    mask, dout = am.sliding_window(100, 100), gradient_of(q, v)
+    first = run(q, k, v, mask, dout=dout)
+    for _ in range(5):
+        assert_same(run(q, k, v, mask, dout=dout), first)
