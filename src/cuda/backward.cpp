@@ -73,14 +73,40 @@ int64_t key_tiles_of(int64_t kv_len, const BackwardConfig& c) {
   return (kv_len + c.columns() - 1) / c.columns();
 }
 
-// Whether a group's query heads are items of their own: where Q, dO and the float32 dQ of a group,
-// for the two pairs that run at a time, do not fit L2 (50 MiB on the smallest Hopper; the size of
-// the workspace must not depend on the GPU).
-bool splits_groups(const Problem& problem) {
+// What there is for blocks to do side by side, before anything is divided.
+int64_t items_of(const Problem& problem, int64_t heads) {
+  return problem.batch * heads * ((problem.kv_len + 127) / 128);
+}
+
+// Of the largest Hopper: the size of the workspace must not depend on the GPU.
+constexpr int64_t kMultiprocessors = 132;
+
+// Whether a group's query heads, and segments of the rows, are to be items of their own: where Q,
+// dO and the float32 dQ of a group, for the two pairs that run at a time, do not fit L2 (50 MiB on
+// the smallest Hopper); and where items are few and long.
+bool divides_items(const Problem& problem) {
   constexpr int64_t kL2Bytes = 50 << 20;
+  constexpr int64_t kLongItem = 16;  // row tiles; adding up dK and dV costs two launches
   const int64_t group = problem.q_heads / problem.kv_heads;
   const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
-  return group > 1 && 2 * bytes > kL2Bytes;
+  const bool few = items_of(problem, problem.kv_heads) <= kMultiprocessors / 2;
+  return (group > 1 && 2 * bytes > kL2Bytes) ||
+         (few && row_tiles_of(problem.q_len) * group >= kLongItem);
+}
+
+// Row tiles of a segment, where there are segments.
+int32_t segment_tiles(const Problem& problem, bool keys_reordered) {
+  const auto row_tiles = static_cast<int32_t>(std::max<int64_t>(1, row_tiles_of(problem.q_len)));
+  // Reordered keys meet rows here and there. Blocks at a few key tiles of several heads, each
+  // somewhere else, would fetch Q, dO and dQ of all heads from memory again and again (S = 32768,
+  // 1024 of the keys kept: 6.5 instead of 3.7 ms).
+  constexpr int32_t kReorderedTiles = 64;  // 4096 rows; D = 128: 4 MiB
+  // Of few items, as many as give each multiprocessor four.
+  constexpr int32_t kLeastTiles = 4;
+  const int64_t items = std::max<int64_t>(1, items_of(problem, problem.q_heads));
+  const auto segments = static_cast<int32_t>((4 * kMultiprocessors + items - 1) / items);
+  const int32_t tiles = std::max(kLeastTiles, (row_tiles + segments - 1) / segments);
+  return std::min({row_tiles, tiles, keys_reordered ? kReorderedTiles : tiles});
 }
 
 struct Workspace {
@@ -207,14 +233,11 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.scale_log2 = static_cast<float>(scale * kLog2E);
   params.lse_exponent = std::clamp(6 - std::ilogb(scale), -14, 15);
   params.row_tiles = static_cast<int32_t>(row_tiles_of(problem.q_len));
-  // Reordered keys meet rows here and there. Blocks at a few key tiles of several heads, each
-  // somewhere else, would fetch Q, dO and dQ of all heads from memory again and again (S = 32768,
-  // 1024 of the keys kept: 6.5 ms).
-  constexpr int32_t kSegmentTiles = 64;  // 4096 rows; D = 128: 4 MiB
-  const bool segmented = config.adds_keys != 0 && call.program->key_order != nullptr;
-  params.segment_tiles = segmented ? kSegmentTiles : std::max(params.row_tiles, 1);
-  params.segments = (params.row_tiles + params.segment_tiles - 1) / params.segment_tiles;
-  params.segments = std::max(params.segments, 1);
+  params.segment_tiles = config.adds_keys != 0
+                             ? segment_tiles(problem, call.program->key_order != nullptr)
+                             : std::max(params.row_tiles, 1);
+  params.segments =
+      std::max(1, (params.row_tiles + params.segment_tiles - 1) / params.segment_tiles);
   params.columns = call.columns;
   params.rows = call.rows;
   params.program = *call.program;
@@ -233,7 +256,7 @@ int64_t backward_workspace(const Problem& problem, bool deterministic, const Sco
   const ScoreGradients gradients(scores, problem);
   return Workspace(problem,
                    backward_variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
-                                    deterministic, gradients.features(), splits_groups(problem)),
+                                    deterministic, gradients.features(), divides_items(problem)),
                    gradients)
       .bytes;
 }
@@ -259,7 +282,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
       backward_masks(recipe_of(*call.program), call.columns, chained, gradients.features());
   const BackwardConfig config =
       backward_variant(problem.head_dim, problem.v_head_dim, half, masks, chained,
-                       gradients.features(), splits_groups(problem));
+                       gradients.features(), divides_items(problem));
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
@@ -269,9 +292,11 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const KernelConfig main_config = kernel_config(kMain, config);
   const KernelConfig finish_config = kernel_config(kFinish, config);
   const KernelConfig split_config = splits ? backward_split_kernel(call, config) : KernelConfig{};
-  load_together({&prepare_config, &main_config, chained ? nullptr : &finish_config,
-                 splits ? &split_config : nullptr},
-                ordinal);
+  const KernelConfig key_finish_config = kernel_config(kKeyFinish, config);
+  load_together(
+      {&prepare_config, &main_config, chained ? nullptr : &finish_config,
+       splits ? &split_config : nullptr, config.adds_keys != 0 ? &key_finish_config : nullptr},
+      ordinal);
   const Kernel& prepare = kernel(prepare_config, ordinal);
   const Kernel& main = kernel(main_config, ordinal);
 
@@ -329,7 +354,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   if (layout.key_sum_bytes > 0) {
     const auto blocks = static_cast<uint32_t>(problem.batch * problem.kv_heads *
                                               key_tiles_of(problem.kv_len, config));
-    launch(kernel(kernel_config(kKeyFinish, config), ordinal), {blocks}, stream, params);
+    launch(kernel(key_finish_config, ordinal), {blocks}, stream, params);
   }
   gradients.end(params, ordinal, stream);
 }
@@ -366,7 +391,7 @@ std::vector<KernelConfig> backward_kernels() {
         for (const int32_t features : kShippedFeatures) {
           if (chained && features == (kSoftcap | kDropout)) continue;
           for (const bool split : {false, true}) {
-            if (split && (chained || depth > 128 || features != kKeyBias)) continue;
+            if (split && (chained || depth > 128 || (features & (kBias | kSoftcap)) != 0)) continue;
             all.push_back(
                 kernel_config(kMain, backward_variant(depth, value_depth, half, MaskPath::kRuns,
                                                       chained, features, split)));

@@ -7,7 +7,7 @@ namespace {
 
 // docs/kernels/backward.md has the reasons.
 constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                 bool chained, int32_t features, bool split_groups) {
+                                 bool chained, int32_t features, bool divides) {
   BackwardConfig c{};
   c.half = half;
   c.chained = chained;
@@ -39,8 +39,9 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   // A second place for K lets the next item's first product run while dK is being stored.
   c.k_stages = 2;
   c.q_stages = 3;
-  // Chained, and with the gradients of a bias of pairs, an item has all query heads of a group.
-  c.adds_keys = split_groups && !chained && !c.has(kBias);
+  // Chained, and with the gradients of a bias of pairs, an item has all query heads of a group;
+  // with a softcap there are no registers for the other way.
+  c.adds_keys = divides && !chained && !c.has(kBias | kSoftcap);
   const int total = c.depth + c.value_depth;
   c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
   // Sums that are not chained leave registers to those who load and make bits.
@@ -79,8 +80,8 @@ static_assert(variants_fit());
 }  // namespace
 
 BackwardConfig backward_variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                bool chained, int32_t features, bool split_groups) {
-  return variant(head_dim, v_head_dim, half, masks, chained, features, split_groups);
+                                bool chained, int32_t features, bool divides) {
+  return variant(head_dim, v_head_dim, half, masks, chained, features, divides);
 }
 
 MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool chained,

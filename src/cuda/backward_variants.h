@@ -8,10 +8,10 @@ namespace anymask::cuda {
 
 inline constexpr int kBlockSharedBytes = 227 * 1024;
 
-// features: score options, kSoftcap and so on. split_groups: a group's query heads are to be items
-// of their own, where that can be.
+// features: score options, kSoftcap and so on. divides: query heads and segments of rows are to be
+// items of their own, where that can be.
 BackwardConfig backward_variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                bool chained, int32_t features = 0, bool split_groups = false);
+                                bool chained, int32_t features = 0, bool divides = false);
 
 // How the main kernel comes by the bits of a column map's partial tiles.
 MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool chained,

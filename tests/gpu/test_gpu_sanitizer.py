@@ -45,11 +45,23 @@ def on(device, tensors, mask, dout, deterministic):
 @pytest.mark.parametrize("kind", ["runs", "recipe", "machine", "ids", "reordered"])
 @pytest.mark.parametrize("dims", DIMS, ids=lambda dims: f"{dims[0]}-{dims[1]}")
 def test_small_set(dims, kind):
-    b, h, kv_heads, m, n = 1, 2, 1, 310, 470
+    check((1, 2, 1, 310, 470), dims, masks(1, 2, 310, 470)[kind])
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_other_divisions_of_the_backward(dims):
+    """dQ apart from dK and dV, for many rows of few pairs; segments of rows, for few long items."""
+    check((1, 64, 32, 1030, 1100), dims, am.sliding_window(60, 3))
+    check((1, 2, 1, 2100, 470), dims, am.causal())
+    check((1, 2, 2, 2100, 470), dims, masks(1, 2, 2100, 470)["reordered"])
+
+
+def check(sizes, dims, mask):
+    """Both passes, the backward deterministic too, beside the CPU's."""
+    b, h, kv_heads, m, n = sizes
     dtype = torch.float16 if dims[0] == 72 else torch.bfloat16
     shapes = [(b, m, h, dims[0]), (b, n, kv_heads, dims[0]), (b, n, kv_heads, dims[1])]
     q, k, v, dout = (torch.randn(s).to(dtype) for s in (*shapes, (b, m, h, dims[1])))
-    mask = masks(b, h, m, n)[kind]
     expected = on(torch.device("cpu"), (q, k, v), mask, dout, False)
     for deterministic in (False, True):
         found = on(DEVICE, (q, k, v), mask, dout, deterministic)

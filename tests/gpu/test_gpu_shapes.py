@@ -77,6 +77,20 @@ def test_large_groups(kv_heads, dims):
     check(q, k, v, ~am.full(), np.zeros((1, 1, m, n), bool))
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2)])
+def test_few_long_items(heads, dims):
+    """Too few key tiles for all multiprocessors: segments of rows are items of their own."""
+    m, n = (2500, 1900) if ON_GPU else (300, 200)
+    rng = np.random.default_rng(16)
+    q, k, v = inputs(1, m, n, heads, dims)
+    check(q, k, v, am.causal(), reference.causal(m, n), with_lse=True)
+    mask, allowed = mask_cases.dense(rng, 1, heads[1], m, n)
+    window = am.sliding_window(700, 100), reference.sliding_window(m, n, 700, 100)
+    check(q, k, v, mask & window[0], allowed & window[1])
+    check(q, k, v, (mask & am.causal()).reordered(), allowed & reference.causal(m, n))
+
+
 def test_more_work_than_multiprocessors():
     """Persistent blocks take many items each: batch, heads and rows in every combination."""
     length = LENGTH // 2

@@ -31,8 +31,8 @@ struct BackwardConfig {
   int32_t math_registers;
   int32_t query_registers;  // of the warpgroup that makes dQ
   int32_t load_registers;
-  int32_t adds_keys;  // 1: a group's query heads are items of their own, and what they make of dK
-                      // and dV is added up (backward_key_sums.h)
+  int32_t adds_keys;  // 1: query heads and segments of their rows are items of their own, and what
+                      // they make of dK and dV is added up (backward_key_sums.h)
   int32_t features;   // score options: kSoftcap and so on; of prepare: kRowNumbers
   int32_t split;      // 1: dQ is not made here but by other blocks (backward_split.h)
 
@@ -174,7 +174,7 @@ struct BackwardParams {
   // own, and then each as often as there are segments
   int32_t pairs;
   int32_t segments;       // of the rows, 1 unless query heads are items of their own
-  int32_t segment_tiles;  // row tiles of each, a multiple of 32 if there are several
+  int32_t segment_tiles;  // row tiles of each
   int32_t chunk;          // pairs that run together, so that their Q, dO and dQ stay in L2
   int32_t tail;           // pairs at the end that run together, so that blocks end together
   int32_t items;          // pairs * key tiles

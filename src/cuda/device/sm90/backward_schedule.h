@@ -66,10 +66,10 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   if (C.adds_keys != 0 && p.segments > 1) {
     const int64_t row =
         map_row(p, p.columns, mask_place(p, item.batch, item.first_head), item.key_tile);
-    const int begin = item.first_tile / 32;
-    const int end = rules::min_of(begin + p.segment_tiles / 32, p.columns.words);
-    for (int word = begin; word < end; ++word) {
-      item.steps += __popc(p.columns.visible[row * p.columns.words + word]);
+    const int end = rules::min_of(item.first_tile + p.segment_tiles, p.row_tiles);
+    for (int word = item.first_tile / 32; 32 * word < end; ++word) {
+      item.steps += __popc(p.columns.visible[row * p.columns.words + word] &
+                           rules::run_word(item.first_tile, end, 32 * word));
     }
     return item;
   }
