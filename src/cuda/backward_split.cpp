@@ -97,8 +97,8 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config)
   // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
   constexpr int64_t kMostTiles = 12;
   // Of all tiles, with one order of sums. Beyond that chains hardly wait, and S and P once less are
-  // worth more: causal (0.5) 1.02 times as long split, random_eviction (0.38) 0.9. Not with groups
-  // of query heads, whose items are few and long: full 0.91, causal 0.86.
+  // worth more: causal (0.5) takes 1.02 times as long split. Not with groups of query heads, whose
+  // items are few and long: full 0.91, causal 0.86.
   const double most_share = call.q.shape[2] > call.k.shape[2] ? 1.0 : 0.4;
   const plan::TileMap& map = call.columns;
   const int64_t key_tiles = int64_t{call.program->batches} * call.program->heads * map.outer_tiles;
