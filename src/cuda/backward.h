@@ -16,7 +16,7 @@ namespace anymask::cuda {
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim);
 
 // Scratch memory of a pass: 4 bytes for every element of q (its depth padded to 64, 128 or 256) and
-// some for every row, and for large groups of query heads 8 bytes for every element of k; for
+// some for every row, and where items are divided 8 bytes for every element of k; for
 // gradients of score options a number a key and query head, or one for every element of a 16-bit
 // bias of pairs that batch entries or heads share.
 int64_t backward_workspace(const Problem& problem, bool deterministic, const ScoreCall& scores);
