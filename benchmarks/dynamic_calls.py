@@ -209,25 +209,23 @@ def _bytes_for_torch(options: argparse.Namespace, length: int, size: int) -> int
 # ---- check --------------------------------------------------------------------------------------
 
 
-def check(inputs: Inputs, scores: Any, keep: int, backward: bool = True) -> float:
-    """Compares the first key head's queries with the definition: out and, unless not wanted, dq and
-    dk. Returns the largest error as a share of what is allowed, or raises WrongResult."""
+def check(inputs: Inputs, scores: Any, keep: int) -> float:
+    """Compares the first key head's queries with the definition: out, dq and dk.
+    Returns the largest error as a share of what is allowed, or raises WrongResult."""
     ends = hidden_from(scores, keep)
     _check_selection(scores[0, 0], ends[0, 0], keep)
     group = inputs.query.shape[1] // inputs.key.shape[1]
     leaves = Inputs(*(x.detach().requires_grad_() for x in inputs[:3]), *inputs[3:])
     out = dynamic_call(leaves, keep)()
     dout = torch.randn_like(out)
-    got = {"out": out[0, :group]}
-    if backward:
-        dq, dk = torch.autograd.grad(out, [leaves.query, leaves.key], dout)
-        got |= {"dq": dq[0, :group], "dk": dk[0, 0]}
+    dq, dk = torch.autograd.grad(out, [leaves.query, leaves.key], dout)
+    got = {"out": out[0, :group], "dq": dq[0, :group], "dk": dk[0, 0]}
     mask = BenchmarkMask(
         "top_keys", ends[:, :1, :, None].cpu().numpy(), True, None, (), window=keep
     )
     one = Slice(
         inputs.query[0, :group], inputs.key[0, 0], inputs.value[0, 0],
-        dout[0, :group] if backward else None, scores[0, 0].double().exp(),
+        dout[0, :group], scores[0, 0].double().exp(),
     )  # fmt: skip
     precise = torch.float64 if inputs.query.device.type == "cpu" else torch.float32
     expected = [attention(one, mask, 0, dtype) for dtype in (precise, inputs.query.dtype)]

@@ -82,11 +82,7 @@ def measure(
     scores = scores_of(inputs)
     problems: dict[str, str] = {}
     say("checking")
-    try:
-        error = check(inputs, scores, keep)
-    except NotImplementedError as missing:
-        problems["training"] = f"NotImplementedError: {missing}"
-        error = check(inputs, scores, keep, backward=False)
+    error = check(inputs, scores, keep)
     backends: dict[str, str] = {}
     leaves = Inputs(*(x.detach().requires_grad_() for x in inputs))
     dense = Inputs(*leaves[:3], *inputs[3:])
@@ -111,8 +107,7 @@ def measure(
     say("timing forward")
     forward = interleaved_medians(calls, **timing)
     calls.clear()
-    if "training" not in problems:
-        calls["dynamic"] = training_call(dynamic_call(leaves, keep), list(leaves), dout)
+    calls["dynamic"] = training_call(dynamic_call(leaves, keep), list(leaves), dout)
     calls["causal"] = training_call(causal_call(leaves), list(leaves[:3]), dout)
     calls |= torch_call("training")
     say("timing forward and backward")

@@ -374,13 +374,11 @@ std::vector<KernelConfig> backward_kernels() {
           all.push_back(
               kernel_config(kMain, backward_variant(depth, value_depth, half, masks, chained)));
           if (chained || depth > 128) continue;
-          for (const bool split : {false, true}) {
-            const BackwardConfig c =
-                backward_variant(depth, value_depth, half, masks, false, 0, split);
-            if (split) all.push_back(kernel_config(kMain, c));
-            if (split || c.baked()) continue;
-            for (const KernelConfig& apart : backward_split_kernels(c)) all.push_back(apart);
-          }
+          all.push_back(kernel_config(
+              kMain, backward_variant(depth, value_depth, half, masks, false, 0, true)));
+          if (masks == MaskPath::kBaked) continue;
+          const BackwardConfig main = backward_variant(depth, value_depth, half, masks, false);
+          for (const KernelConfig& apart : backward_split_kernels(main)) all.push_back(apart);
         }
         const BackwardConfig c =
             backward_variant(depth, value_depth, half, MaskPath::kRuns, chained);
@@ -390,12 +388,12 @@ std::vector<KernelConfig> backward_kernels() {
         if (!chained && depth <= 128) all.push_back(kernel_config(kKeyFinish, c));
         for (const int32_t features : kShippedFeatures) {
           if (chained && features == (kSoftcap | kDropout)) continue;
-          for (const bool split : {false, true}) {
-            if (split && (chained || depth > 128 || (features & (kBias | kSoftcap)) != 0)) continue;
-            all.push_back(
-                kernel_config(kMain, backward_variant(depth, value_depth, half, MaskPath::kRuns,
-                                                      chained, features, split)));
-          }
+          const auto variant = [&](bool divides) {
+            return backward_variant(depth, value_depth, half, MaskPath::kRuns, chained, features,
+                                    divides);
+          };
+          all.push_back(kernel_config(kMain, variant(false)));
+          if (variant(true).adds_keys != 0) all.push_back(kernel_config(kMain, variant(true)));
         }
       }
     }

@@ -5,8 +5,6 @@
 
 #include "cuda/backward_variants.h"
 #include "cuda/device/sm90/backward_split_params.h"
-#include "cuda/forward.h"
-#include "cuda/views.h"
 
 namespace anymask::cuda {
 namespace {

@@ -107,15 +107,19 @@ KernelConfig kernel_config(const ForwardConfig& c) {
 }
 static_assert(sizeof(ForwardConfig) == 15 * sizeof(int32_t));
 
-}  // namespace
+// ---- parameters ---------------------------------------------------------------------------------
 
-int32_t row_chunk(const Problem& problem, int64_t l2_bytes) {
+// How many (batch, head) pairs run together: as many as have their K and V in two fifths of L2,
+// which leaves room for Q and the output that stream through.
+int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
   const int64_t bytes =
       std::max<int64_t>(1, problem.kv_len * (problem.head_dim + problem.v_head_dim) * 2);
   const int64_t kv_heads = std::max<int64_t>(1, l2_bytes * 2 / 5 / bytes);
   const int64_t pairs = problem.batch * problem.q_heads;
   return static_cast<int32_t>(std::min(pairs, kv_heads * (problem.q_heads / problem.kv_heads)));
 }
+
+}  // namespace
 
 plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
   const ForwardConfig c = variant(padded(head_dim), padded(v_head_dim), false, MaskPath::kRuns);
@@ -158,7 +162,7 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   params.scores =
       score_params(*call.scores, problem, call.scale, call.program->key_order != nullptr);
   params.pairs = static_cast<int32_t>(problem.batch * problem.q_heads);
-  params.chunk = row_chunk(problem, gpu(ordinal).l2_bytes);
+  params.chunk = chunk_of(problem, gpu(ordinal).l2_bytes);
   const int64_t items = int64_t{params.pairs} * call.rows.outer_tiles;
   if (items > INT32_MAX) {
     throw Unsupported("attention: " + std::to_string(items) +

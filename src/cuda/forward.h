@@ -27,10 +27,6 @@ struct ForwardCall {
 
 inline constexpr int64_t kForwardWorkspaceBytes = 256;
 
-// How many (batch, head) pairs a kernel that walks row tiles works on together: as many as have
-// their K and V in two fifths of L2, which leaves room for what streams through.
-int32_t row_chunk(const Problem& problem, int64_t l2_bytes);
-
 // Queues the pass on `stream`; writes every element of out and lse. Never waits for the device; can
 // be captured in a graph.
 void forward(const ForwardCall& call, int ordinal, CuStream stream);

@@ -66,25 +66,6 @@ def test_wrong_calls_are_found(benchmark, calls, monkeypatch, capsys):
     assert "wrong: S=300 keep 40: selection" in capsys.readouterr().out
 
 
-def test_without_a_backward_pass(benchmark, calls, monkeypatch, tmp_path, capsys):
-    def not_there(*arguments):
-        raise NotImplementedError("key_bias: no gradients yet")
-
-    monkeypatch.setattr("anymask._torch_calls.backward", not_there)
-    path = tmp_path / "figures.json"
-
-    # The plain causal call has no backward pass in this test either.
-    monkeypatch.setattr(benchmark, "causal_call", lambda inputs: lambda: inputs.query * 2)
-    monkeypatch.setattr(calls, "training_call", lambda call, leaves, dout: call)
-    monkeypatch.setattr(benchmark, "training_call", lambda call, leaves, dout: call)
-    assert run(benchmark, monkeypatch, "--json", str(path)) == 0
-    (row,) = json.loads(path.read_text())["rows"]
-    assert row["problems"] == {"training": "NotImplementedError: key_bias: no gradients yet"}
-    assert "dynamic" in row["forward"] and "dynamic" not in row["training"]
-    assert row["times_faster"]["causal"]["training"] is None
-    assert "problem: S=300 keep 40: training" in capsys.readouterr().out
-
-
 def test_a_torch_that_goes_wrong_is_no_peer(benchmark, calls, monkeypatch):
     options = benchmark.parse(SMALL)
     inputs = calls.draw(options, 300)
