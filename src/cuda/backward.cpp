@@ -263,7 +263,8 @@ int64_t backward_workspace(const Problem& problem, bool deterministic, const Sco
 
 void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const Problem problem = problem_of_views(call.q, call.k, call.v);
-  const ScoreGradients gradients({*call.scores, call.dkey_bias, call.dbias, call.dsink}, problem);
+  ScoreGradients gradients({*call.scores, call.dkey_bias, call.dbias, call.dsink}, problem);
+  gradients.choose_tiles(call.program->key_order != nullptr);
   if (problem.batch == 0 || problem.q_heads == 0 || problem.kv_heads == 0) {
     return gradients.write_zeros(ordinal, stream);
   }
@@ -363,8 +364,13 @@ std::vector<KernelConfig> backward_kernels() {
   constexpr int kShipped[][2] = {{64, 64}, {128, 128}, {256, 256}};
   // Each option by itself and the two sets that have most of them together; others are compiled
   // when they are first needed.
-  constexpr int32_t kShippedFeatures[] = {
-      kSoftcap, kKeyBias, kBias, kDropout, kSoftcap | kDropout, kSoftcap | kKeyBias | kBias};
+  constexpr int32_t kShippedFeatures[] = {kSoftcap,
+                                          kKeyBias,
+                                          kBias,
+                                          kBias | kBiasTiles,
+                                          kDropout,
+                                          kSoftcap | kDropout,
+                                          kSoftcap | kKeyBias | kBias};
   std::vector<KernelConfig> all;
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
@@ -388,6 +394,7 @@ std::vector<KernelConfig> backward_kernels() {
         if (!chained && depth <= 128) all.push_back(kernel_config(kKeyFinish, c));
         for (const int32_t features : kShippedFeatures) {
           if (chained && features == (kSoftcap | kDropout)) continue;
+          if (depth > 128 && (features & kBiasTiles) != 0) continue;
           const auto variant = [&](bool divides) {
             return backward_variant(depth, value_depth, half, MaskPath::kRuns, chained, features,
                                     divides);

@@ -51,6 +51,10 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.math_registers = total == 256 ? 208 : total == 192 ? 192 : 184;
     c.query_registers = total == 256 && !chained ? 64 : 72;
     c.load_registers = total == 256 ? (chained ? 24 : 32) : total == 192 ? 56 : 72;
+    if (c.has(kBiasTiles)) {  // biases take the other place of K, and of a tile of Q
+      c.k_stages = 1;
+      if (total == 256) c.q_stages = 2;
+    }
     while (c.shared_bytes() > kBlockSharedBytes && c.bit_slots > 2) --c.bit_slots;
     while (c.shared_bytes() > kBlockSharedBytes && c.q_stages > 2) --c.q_stages;
   }
@@ -62,8 +66,11 @@ constexpr int kDims[] = {64, 128, 256};
 constexpr bool variants_fit() {
   for (const int depth : kDims) {
     for (const int value_depth : kDims) {
-      for (int32_t option = 0; option < 32; ++option) {
-        const int32_t features = option / 2;
+      for (int32_t option = 0; option < 64; ++option) {
+        int32_t features = option / 2 % 16;
+        if (option >= 32 && (features & kBias) != 0 && std::max(depth, value_depth) <= 128) {
+          features |= kBiasTiles;
+        }
         const bool chained = option % 2 != 0;
         const BackwardConfig c =
             variant(depth, value_depth, false, MaskPath::kRecipe, chained, features, false);

@@ -137,9 +137,10 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   ForwardParams params{};
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
-  const ForwardConfig config =
-      variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-              mask_path(params.recipe, call.rows), features_of(*call.scores));
+  const int32_t features =
+      features_of(*call.scores) | (bounded_by_cap(*call.scores, half) ? kBounded : 0);
+  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
+                                       mask_path(params.recipe, call.rows), features);
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
@@ -192,7 +193,8 @@ std::vector<KernelConfig> forward_kernels() {
         all.push_back(kernel_config(variant(depth, value_depth, half, masks)));
       }
       if (depth == 192) continue;
-      for (const int32_t feature : {kSoftcap, kKeyBias, kBias, kDropout}) {
+      const int32_t softcap = half ? kSoftcap : kSoftcap | kBounded;
+      for (const int32_t feature : {softcap, kKeyBias, kBias, kDropout}) {
         all.push_back(kernel_config(variant(depth, value_depth, half, MaskPath::kRuns, feature)));
       }
     }

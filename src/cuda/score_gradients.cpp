@@ -1,10 +1,13 @@
 #include "cuda/score_gradients.h"
 
+#include <algorithm>
 #include <limits>
+#include <utility>
 
 #include "anymask/error.hpp"
 #include "cuda/device/score_sums_params.h"
 #include "cuda/scores.h"
+#include "cuda/views.h"
 
 namespace anymask::cuda {
 namespace {
@@ -26,6 +29,15 @@ constexpr KernelFamily kSinkSums{"sink_sums",
                                  false,
                                  static_cast<int>(sizeof(SinkSumParams))};
 
+constexpr KernelFamily kBiasSums{"bias_sums",
+                                 "cuda/device/score_sums.h",
+                                 nullptr,
+                                 "anymask::cuda::BiasTileParams",
+                                 "anymask::cuda::round_bias_tiles",
+                                 0,
+                                 false,
+                                 static_cast<int>(sizeof(BiasTileParams))};
+
 KernelConfig config_of(const KernelFamily& family, int threads) {
   KernelConfig config;
   config.family = &family;
@@ -38,6 +50,8 @@ NumberForm form_of(const Tensor& t) {
          : t.dtype == DType::f16 ? NumberForm::kF16
                                  : NumberForm::kBf16;
 }
+
+int64_t tiles_of(int64_t length, int64_t tile) { return (length + tile - 1) / tile; }
 
 int64_t elements(const Tensor& t) {
   int64_t count = 1;
@@ -71,11 +85,62 @@ void write_sums(const Tensor& to, const float* from, int shared_batches, int sha
          stream, params);
 }
 
+// The gradient of a shared bias of pairs from sums in tiles.
+void round_tiles(const Tensor& to, const float* from, int ordinal, CuStream stream) {
+  BiasTileParams params{};
+  params.from = from;
+  params.to = to.data;
+  params.to_batch_stride = to.stride[0];
+  params.to_head_stride = to.stride[1];
+  params.to_row_stride = to.stride[2];
+  params.rows = to.shape[2];
+  params.keys = to.shape[3];
+  params.to_heads = static_cast<int32_t>(to.shape[1]);
+  params.form = form_of(to);
+  const int64_t blocks =
+      to.shape[0] * to.shape[1] * tiles_of(params.rows, kBackwardRows) * tiles_of(params.keys, 128);
+  launch(kernel(config_of(kBiasSums, kSumThreads), ordinal), {static_cast<uint32_t>(blocks)},
+         stream, params);
+}
+
 void clear(float* sums, int64_t count, CuStream stream) {
   if (count == 0) return;
   check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(sums), 0, static_cast<size_t>(count),
                                   stream),
         "cuMemsetD32Async");
+}
+
+// [batch or 1, heads or 1, rows, keys] as the copy engine takes it: [batch, rows, heads, keys],
+// with one entry where one serves all.
+Tensor tiled_view(const Tensor& t) {
+  Tensor view = t;
+  std::swap(view.shape[1], view.shape[2]);
+  std::swap(view.stride[1], view.stride[2]);
+  for (const int i : {0, 2}) {
+    if (view.stride[i] == 0) view.shape[i] = 1;
+  }
+  return view;
+}
+
+bool can_be_tiled(const Tensor& t) {
+  const Tensor view = tiled_view(t);
+  const bool rows_differ = view.stride[1] != 0 || view.shape[1] == 1;
+  return t.dtype != DType::f32 && rows_differ && layout_problem(view) == nullptr;
+}
+
+void write_zeros_to(const Tensor& to, int ordinal, CuStream stream) {
+  int64_t dense = 1;
+  bool contiguous = true;
+  for (int i = to.ndim - 1; i >= 0; --i) {
+    contiguous &= to.shape[i] == 1 || to.stride[i] == dense;
+    dense *= to.shape[i];
+  }
+  const int64_t bytes = dense * (to.dtype == DType::f32 ? 4 : 2);
+  if (contiguous && bytes % 4 == 0) {
+    clear(static_cast<float*>(to.data), bytes / 4, stream);
+  } else {
+    write_sums(to, nullptr, 1, 1, ordinal, stream);
+  }
 }
 
 // How many of `whole` share one of `size`.
@@ -97,7 +162,20 @@ ScoreGradients::ScoreGradients(const ScoreCall& call, const Problem& problem)
   if (!pairs_wanted()) return;
   heads_share_ = dbias.shape[1] < problem.q_heads;
   batches_share_ = dbias.shape[0] < problem.batch;
-  if ((heads_share_ || batches_share_) && dbias.dtype != DType::f32) pairs_ = elements(dbias);
+  if ((heads_share_ || batches_share_) && dbias.dtype != DType::f32) {
+    tile_sums_ = tiles_of(problem.q_len, kBackwardRows) * tiles_of(problem.kv_len, 128) *
+                 int64_t{kBiasTileSums};
+    pairs_ = dbias.shape[0] * dbias.shape[1] * tile_sums_;  // not fewer than elements
+  }
+}
+
+void ScoreGradients::choose_tiles(bool reordered) {
+  if ((features_ & kBias) == 0 || reordered) return;
+  if ((features_ & kSoftcap) != 0) return;  // there are too few registers for both
+  if (std::max(problem_.head_dim, problem_.v_head_dim) > 128) return;
+  if (!can_be_tiled(call_.options.bias)) return;
+  if (call_.dbias.given() && !can_be_tiled(call_.dbias)) return;
+  features_ |= kBiasTiles;
 }
 
 std::vector<PairRound> ScoreGradients::rounds() const {
@@ -126,6 +204,11 @@ void ScoreGradients::set(BackwardParams& params, float* pair_sums, double scale,
   }
   if (keys_ == 0) params.key_sums = nullptr;
   if (!row_numbers_) params.row_numbers = nullptr;
+  const bool tiled = (features_ & kBiasTiles) != 0;
+  const auto map = [](const Tensor& t) {
+    return tensor_map(tiled_view(t), kBackwardRows, kBiasPieceKeys);
+  };
+  if (tiled) params.bias_map = map(call_.options.bias);
   if (!pairs_wanted()) return;
   const Tensor& dbias = call_.dbias;
   Tensor to = dbias;
@@ -139,11 +222,18 @@ void ScoreGradients::set(BackwardParams& params, float* pair_sums, double scale,
   gradient.head_stride = to.shape[1] > 1 ? to.stride[1] : 0;
   gradient.row_stride = to.stride[2];
   gradient.wide = to.dtype == DType::f32 ? 1 : 0;
+  if (!tiled) return;
+  if (gradient.wide == 0) {
+    params.bias_grad_map = map(dbias);
+  } else {
+    gradient.head_stride = to.shape[1] > 1 ? tile_sums_ : 0;
+    gradient.batch_stride = to.shape[0] > 1 ? to.shape[1] * tile_sums_ : 0;
+  }
 }
 
 void ScoreGradients::write_zeros(int ordinal, CuStream stream) const {
-  if (call_.dkey_bias.given()) write_sums(call_.dkey_bias, nullptr, 1, 1, ordinal, stream);
-  if (call_.dbias.given()) write_sums(call_.dbias, nullptr, 1, 1, ordinal, stream);
+  if (call_.dkey_bias.given()) write_zeros_to(call_.dkey_bias, ordinal, stream);
+  if (call_.dbias.given()) write_zeros_to(call_.dbias, ordinal, stream);
   if (const Tensor& dsink = call_.dsink; dsink.given()) {
     write_sums(Tensor(dsink.data, dsink.dtype, {1, 1, dsink.shape[0]}, dsink.device), nullptr, 1, 1,
                ordinal, stream);
@@ -155,7 +245,7 @@ void ScoreGradients::begin(const BackwardParams& params, int ordinal, CuStream s
   if (pairs_ > 0) {
     clear(static_cast<float*>(params.bias_grad.data), pairs_, stream);
   } else if (pairs_wanted()) {
-    write_sums(call_.dbias, nullptr, 1, 1, ordinal, stream);
+    write_zeros_to(call_.dbias, ordinal, stream);
   }
 }
 
@@ -167,8 +257,12 @@ void ScoreGradients::end(const BackwardParams& params, int ordinal, CuStream str
   if (call_.dkey_bias.given()) sum_keys(call_.dkey_bias);
   if (call_.dbias.given() && columns_) sum_keys(call_.dbias);
   if (pairs_ > 0) {
-    write_sums(call_.dbias, static_cast<const float*>(params.bias_grad.data), 1, 1, ordinal,
-               stream);
+    const auto* const sums = static_cast<const float*>(params.bias_grad.data);
+    if ((features_ & kBiasTiles) != 0) {
+      round_tiles(call_.dbias, sums, ordinal, stream);
+    } else {
+      write_sums(call_.dbias, sums, 1, 1, ordinal, stream);
+    }
   }
   if (!call_.dsink.given()) return;
   SinkSumParams sinks{};
@@ -186,7 +280,8 @@ void ScoreGradients::end(const BackwardParams& params, int ordinal, CuStream str
 }
 
 std::vector<KernelConfig> score_sum_kernels() {
-  return {config_of(kScoreSums, kSumThreads), config_of(kSinkSums, kSinkThreads)};
+  return {config_of(kScoreSums, kSumThreads), config_of(kBiasSums, kSumThreads),
+          config_of(kSinkSums, kSinkThreads)};
 }
 
 }  // namespace anymask::cuda

@@ -33,8 +33,12 @@ class ScoreGradients {
   int32_t features() const { return features_; }
   // Whether rows' numbers are wanted in float32.
   bool row_numbers() const { return row_numbers_; }
+  // From then on features() has kBiasTiles where the copy engine can bring the bias of pairs and
+  // take its gradient: 16-bit, rows of whole 16 bytes, keys in the caller's order, head dimensions
+  // up to 128, no softcap.
+  void choose_tiles(bool reordered);
   // Bytes of the float32 sums of keys [batch][q_heads][kv_len] and of pairs (of dbias's shape,
-  // where it is 16-bit and shared).
+  // where it is 16-bit and shared, or of as many whole tiles).
   int64_t key_bytes() const { return 4 * keys_; }
   int64_t pair_bytes() const { return 4 * pairs_; }
 
@@ -62,6 +66,7 @@ class ScoreGradients {
   int32_t features_ = 0;
   bool row_numbers_;
   int64_t keys_ = 0, pairs_ = 0;
+  int64_t tile_sums_ = 0;  // of one head, where pairs_ are in tiles
 };
 
 std::vector<KernelConfig> score_sum_kernels();

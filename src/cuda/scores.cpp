@@ -29,11 +29,19 @@ Numbers numbers_of(const Tensor& t, const int (&dimensions)[4], int64_t q_heads)
   return numbers;
 }
 
-bool readable_in_pairs(const Numbers& bias, int64_t kv_len, bool reordered) {
-  const int64_t pair = bias.wide != 0 ? 8 : 4;
-  return bias.key_stride == 1 && kv_len % 2 == 0 && !reordered &&
-         reinterpret_cast<uintptr_t>(bias.data) % static_cast<uintptr_t>(pair) == 0 &&
-         bias.batch_stride % 2 == 0 && bias.head_stride % 2 == 0 && bias.row_stride % 2 == 0;
+// How many neighbours of a row of biases can be read at once: 8 (16 bytes), 2 or 1.
+int32_t readable_at_once(const Numbers& bias, int64_t kv_len, bool reordered) {
+  if (bias.key_stride != 1 || reordered) return 1;
+  const auto address = reinterpret_cast<uintptr_t>(bias.data);
+  for (const int count : {8, 2}) {
+    if (count == 8 && bias.wide != 0) continue;
+    const auto bytes = static_cast<uintptr_t>(count * (bias.wide != 0 ? 4 : 2));
+    if (address % bytes == 0 && kv_len % count == 0 && bias.batch_stride % count == 0 &&
+        bias.head_stride % count == 0 && bias.row_stride % count == 0) {
+      return count;
+    }
+  }
+  return 1;
 }
 
 }  // namespace
@@ -45,6 +53,12 @@ int32_t features_of(const ScoreOptions& scores) {
   if (scores.bias.given()) features |= kBias;
   if (rules::dropout_threshold(scores.dropout_p) > 0) features |= kDropout;
   return features;
+}
+
+bool bounded_by_cap(const ScoreOptions& scores, bool half) {
+  constexpr double kLargest = 55;  // 2^80: times a million keys and values of 30000 2^115
+  return scores.softcap > 0 && scores.softcap <= kLargest && !half && !scores.key_bias.given() &&
+         !scores.bias.given();
 }
 
 double score_factor(const ScoreOptions& scores, double scale) {
@@ -68,6 +82,15 @@ CapCurve cap_curve(double scale, double softcap) {
   curve.limit = static_cast<float>(exact ? limit : std::min(limit, 1000.0));
   constexpr double kLog2E = 1.4426950408889634;
   curve.exponent = static_cast<float>(2 * kLog2E * factor);
+  // Relative minimax fits of tanh(u) / u and 1 - tanh^2(u) in u^2 on [0, 9 / 16].
+  constexpr double kNear[3] = {0.9997852040874916, -0.32629673101442, 0.0973554703991093};
+  constexpr double kNearSlopes[3] = {0.9984189073284114, -0.9520694024228141, 0.4255579290641544};
+  power = 1;
+  for (int i = 0; i < 3; ++i, power *= factor * factor) {
+    curve.near[i] = static_cast<float>(kNear[i] * power * factor * softcap * kLog2E);
+    curve.near_slopes[i] = static_cast<float>(kNearSlopes[i] * power);
+  }
+  curve.near_limit = std::min(0.75f * curve.limit, curve.limit);
   return curve;
 }
 
@@ -77,7 +100,7 @@ ScoreParams score_params(const ScoreOptions& scores, const Problem& problem, dou
   params.sink = numbers_of(scores.sink, {-1, 0, -1, -1}, problem.q_heads);
   params.key_bias = numbers_of(scores.key_bias, {0, 1, -1, 2}, problem.q_heads);
   params.bias = numbers_of(scores.bias, {0, 1, 2, 3}, problem.q_heads);
-  params.bias_pairs = readable_in_pairs(params.bias, problem.kv_len, reordered) ? 1 : 0;
+  params.bias_at_once = readable_at_once(params.bias, problem.kv_len, reordered);
   const double factor = score_factor(scores, scale);
   // Where biases come before the sign of a negative scale, it has to bring them back.
   const bool negative = scale < 0 && !(scores.softcap > 0);

@@ -33,7 +33,7 @@ void check_layout(const Tensor& tensor, const char* name) {
   }
 }
 
-TensorMapBytes tensor_map(const Tensor& tensor, int rows) {
+TensorMapBytes tensor_map(const Tensor& tensor, int rows, int columns) {
   TensorMapBytes bytes{};
   if (is_empty(tensor)) return bytes;
   TensorMapSpec spec{};
@@ -49,9 +49,9 @@ TensorMapBytes tensor_map(const Tensor& tensor, int rows) {
         tensor.shape[dimension] == 1 ? 16 : static_cast<uint64_t>(tensor.stride[dimension]) * 2;
     spec.box[i] = 1;
   }
-  spec.box[0] = 64;
+  spec.box[0] = static_cast<uint32_t>(columns);
   spec.box[1] = static_cast<uint32_t>(rows);
-  spec.swizzle = TensorMapSwizzle::k128Bytes;
+  spec.swizzle = columns == 64 ? TensorMapSwizzle::k128Bytes : TensorMapSwizzle::k32Bytes;
   const TensorMap map = encode_tensor_map(spec);
   std::copy(std::begin(map.opaque), std::end(map.opaque), std::begin(bytes.opaque));
   return bytes;

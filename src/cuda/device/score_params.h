@@ -12,6 +12,12 @@ inline constexpr int32_t kSoftcap = 1;
 inline constexpr int32_t kKeyBias = 2;
 inline constexpr int32_t kBias = 4;
 inline constexpr int32_t kDropout = 8;
+// Beside kSoftcap: scores stay so near 0 that exp2 needs no maximum to be measured from. Set by the
+// forward pass alone, see bounded_by_cap.
+inline constexpr int32_t kBounded = 16;
+// Beside kBias, of the backward pass: the copy engine brings biases and takes their gradients, tile
+// by tile (backward_bias_tiles.h).
+inline constexpr int32_t kBiasTiles = 32;
 
 // Numbers of q's type or float32; strides in elements, 0 where one number serves all.
 struct Numbers {
@@ -33,6 +39,12 @@ struct CapCurve {
   float terms[5];
   float limit;
   float exponent;
+  // For |k s| up to 3 / 4, where nearly all scores are, three terms do: tanh(k s) is s (near[0] +
+  // near[1] s^2 + near[2] s^4) to a relative 2^-12, and 1 - tanh^2(k s), as a polynomial in s^2,
+  // near_slopes to 2^-9. near's terms are times the cap and log2(e): what exp2 takes.
+  float near[3];
+  float near_slopes[3];
+  float near_limit;
 };
 
 struct ScoreParams {
@@ -42,7 +54,7 @@ struct ScoreParams {
   // Scores stay what Q K^T gives, or after the cap its tanh, until exp2 takes them times one
   // factor; biases come to them times this.
   float bias_factor;
-  int32_t bias_pairs;  // 1: two neighbours of a row of biases can be read at once
+  int32_t bias_at_once;  // neighbours of a row of biases that can be read at once: 8, 2 or 1
   CapCurve cap;
   const int64_t* seed_offset;
   uint32_t drop_threshold;  // rules::Dropout

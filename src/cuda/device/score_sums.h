@@ -4,6 +4,7 @@
 
 #include "cuda/device/score_sums_params.h"
 #include "cuda/device/scores.h"
+#include "cuda/device/sm90/backward_config.h"
 
 namespace anymask::cuda {
 
@@ -38,6 +39,39 @@ inline void sum_scores(const ScoreSumParams& p) {
   store_number(p.to,
                batch * p.to_batch_stride + head * p.to_head_stride + row * p.to_row_stride + key,
                p.form, sum);
+}
+
+// A block for a tile of kBackwardRows x 128 pairs of a bias, of whose sums each thread reads four
+// at a time as they lie (backward_bias_tiles.h); rows leave side by side.
+inline void round_bias_tiles(const BiasTileParams& p) {
+  __shared__ float tile[kBackwardRows][128 + 1];
+  const int thread = static_cast<int>(threadIdx.x);
+  const int64_t key_tiles = (p.keys + 127) / 128;
+  const int64_t row_tiles = (p.rows + kBackwardRows - 1) / kBackwardRows;
+  const int64_t index = blockIdx.x;
+  const int64_t first_key = index % key_tiles * 128;
+  const int64_t first_row = index / key_tiles % row_tiles * kBackwardRows;
+  const int64_t place = index / key_tiles / row_tiles;
+  const float4* const from = reinterpret_cast<const float4*>(p.from + index * kBiasTileSums);
+#pragma unroll
+  for (int i = 0; i < kBiasTileSums / 4 / kSumThreads; ++i) {
+    const int at = i * kSumThreads + thread;
+    const float4 four = from[at];
+    const int lane = at % 32, query = at / 32 % 8 * 8 + lane % 4 * 2;
+    const int key = at / 256 * kBiasPieceKeys + lane / 4;
+    tile[query][key] = four.x;
+    tile[query + 1][key] = four.y;
+    tile[query][key + 8] = four.z;
+    tile[query + 1][key + 8] = four.w;
+  }
+  __syncthreads();
+  const int key = thread % 128;
+  const int64_t to =
+      place / p.to_heads * p.to_batch_stride + place % p.to_heads * p.to_head_stride + first_key;
+  if (first_key + key >= p.keys) return;
+  for (int row = thread / 128; row < kBackwardRows && first_row + row < p.rows; row += 2) {
+    store_number(p.to, to + (first_row + row) * p.to_row_stride + key, p.form, tile[row][key]);
+  }
 }
 
 // A block for each head. Rows that see nothing have an lse of +infinity.

@@ -23,6 +23,16 @@ struct ScoreSumParams {
   NumberForm form;
 };
 
+// The same of a shared bias of pairs whose sums are in tiles, one for each of its entries.
+struct BiasTileParams {
+  const float* from;  // [batches][heads][row tiles][key tiles][kBiasTileSums]
+  void* to;
+  int64_t to_batch_stride, to_head_stride, to_row_stride;
+  int64_t rows, keys;
+  int32_t to_heads;
+  NumberForm form;
+};
+
 // to[head] = the sum over batch entries and rows of -exp(sink - lse) (delta - dlse).
 struct SinkSumParams {
   const float* row_numbers;  // [batch][heads][row_tiles][2][tile_rows]: lse log2(e), delta - dlse

@@ -78,6 +78,34 @@ __device__ __forceinline__ void cap_scores(const CapCurve& cap, float (&scores)[
   }
 }
 
+// Whether the curve's terms for scores near 0 serve a whole warp's.
+template <int kCount>
+__device__ __forceinline__ bool all_near(const CapCurve& cap, const float (&scores)[kCount]) {
+  float largest[4] = {};
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) largest[i % 4] = fmaxf(largest[i % 4], fabsf(scores[i]));
+  const float of_all = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3]));
+  return !__any_sync(0xffffffffu, of_all > cap.near_limit);
+}
+
+// What exp2 takes of such a score, plus `added`.
+__device__ __forceinline__ float near_exponent(const CapCurve& cap, float score, float added) {
+  const float square = score * score;
+  float slope = __fmaf_rn(cap.near[2], square, cap.near[1]);
+  slope = __fmaf_rn(slope, square, cap.near[0]);
+  return __fmaf_rn(score, slope, added);
+}
+
+// The same with 1 - tanh^2.
+struct NearScore {
+  float exponent, slope;
+};
+__device__ __forceinline__ NearScore near_score(const CapCurve& cap, float score, float added) {
+  const float square = score * score;
+  const float slope = __fmaf_rn(cap.near_slopes[2], square, cap.near_slopes[1]);
+  return {near_exponent(cap, score, added), __fmaf_rn(slope, square, cap.near_slopes[0])};
+}
+
 // ---- dropout ------------------------------------------------------------------------------------
 
 // Two words at a time: the chain of one Philox leaves its warp waiting half of the time.

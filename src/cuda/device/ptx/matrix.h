@@ -21,6 +21,22 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t* to) {
                : "memory");
 }
 
+// The same of matrices that are to be transposed, or lie so: the lane holds elements of column l / 4.
+__device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b,
+                                                          uint32_t c, uint32_t d) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+      "r"(a), "r"(b), "r"(c), "r"(d)
+      : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(uint32_t address, uint32_t (&to)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(address)
+               : "memory");
+}
+
 // The halves of a packed pair, as floats.
 template <bool kHalf>
 __device__ __forceinline__ float low_of(uint32_t pair) {

@@ -90,11 +90,16 @@ struct BackwardConfig {
     return (reads_rows() ? q_stages * kBackwardRows * 8 : 0) +
            (has(kDropout) ? bit_slots * keys * 8 : 0) +
            (has(kKeyBias) ? keys * 12 + slope_threads() * 8 : 0) +
+           (has(kBiasTiles) ? q_stages * keys * kBackwardRows * 2 : 0) +
            aside_places() * keys * kBackwardRows * 2;
   }
 };
 
 inline constexpr int kItemCounters = 2;
+
+// A bias's tiles (backward_bias_tiles.h): a math warp's piece of keys, and the sums of a tile.
+inline constexpr int kBiasPieceKeys = 16;
+inline constexpr int kBiasTileSums = kBackwardRows * 128;
 
 // Whether a recipe's ids have code of their own. Beside dropout's pattern and the waiting for turns
 // there are no registers for it.
@@ -106,7 +111,8 @@ constexpr bool ids_by_recipe(bool chained, int32_t features) {
 inline constexpr int32_t kRowNumbers = 1;
 
 // The gradient of a bias of pairs: of q's type, or float32, which is added to. The last dimension
-// is contiguous; strides in elements, 0 where one entry serves all.
+// is contiguous; strides in elements, 0 where one entry serves all. With kBiasTiles float32 is in
+// tiles of kBiasTileSums, rows of key tiles.
 struct BiasGradient {
   void* data;  // null: not wanted
   int64_t batch_stride;
@@ -190,8 +196,9 @@ struct BackwardParams {
   ScoreParams scores;
   Numbers column_bias;  // by batch, head, key: added to scores.key_bias
   BiasGradient bias_grad;
-  float* row_numbers;  // [row tile][2][64]: kLseOfRow, kSumOfRow
-  float* key_sums;     // [batch][q_heads][kv_len], of the logits' gradients; null: not wanted
+  TensorMapBytes bias_map, bias_grad_map;  // with kBiasTiles: boxes of kBiasPieceKeys x 64 rows
+  float* row_numbers;                      // [row tile][2][64]: kLseOfRow, kSumOfRow
+  float* key_sums;  // [batch][q_heads][kv_len], of the logits' gradients; null: not wanted
   // With a bias of pairs, the launch's pairs are first_pair + i * pair_step.
   int32_t first_pair;
   int32_t pair_step;

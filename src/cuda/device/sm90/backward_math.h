@@ -37,7 +37,7 @@ struct BackwardMath {
 
   Ring<C.k_stages> k_ring;
   Ring<C.q_stages> q_ring;
-  Ring<C.o_stages> o_ring;
+  Ring<C.o_stages> o_ring;  // unless dO has as many places as Q: then they go round together
   Ring<Shared::kSlopeSlots> slope_ring;
   Ring<C.bit_slots> bit_ring;
   uint32_t v_parity = 0;  // of v_full
@@ -255,11 +255,16 @@ struct BackwardMath {
 
   // dV and what it was made of, once its product is done.
   __device__ __forceinline__ void take_v_grad(float (&v_grad)[C.value_depth / 2],
-                                              uint32_t (&weights)[kPieceValues / 2]) {
+                                              uint32_t (&weights)[kPieceValues / 2], int slot) {
     ptx::pin(weights);
     ptx::pin(v_grad);
-    arrive(shared.out_grad_empty[o_ring.slot]);
-    o_ring.next();
+    arrive(shared.out_grad_empty[slot]);
+    if constexpr (C.o_stages != C.q_stages) o_ring.next();
+  }
+
+  __device__ __forceinline__ Ring<C.o_stages> out_grad_place() const {
+    if constexpr (C.o_stages == C.q_stages) return q_ring;
+    return o_ring;
   }
 
   // One row tile. On entry its S is ready in `piece`; kMore: on return so is that of the next. Else
@@ -271,19 +276,20 @@ struct BackwardMath {
     uint32_t weights[kPieceValues / 2];  // P, packed as the A operand of dV
     uint32_t slopes[kPieceValues / 2];   // dS, of dK
     const int now = q_ring.slot;
+    const Ring<C.o_stages> o_place = out_grad_place();
     q_ring.next();
 
     make_weights(now, piece, weights);
-    shared.out_grad_full[o_ring.slot].wait(o_ring.parity);
+    shared.out_grad_full[o_place.slot].wait(o_place.parity);
     take_turn();
-    issue_piece<C.value_depth>(piece, shared.v, shared.out_grad[o_ring.slot], 1, now);
-    issue_v_grad(v_grad, weights, o_ring.slot);
+    issue_piece<C.value_depth>(piece, shared.v, shared.out_grad[o_place.slot], 1, now);
+    issue_v_grad(v_grad, weights, o_place.slot);
     pass_turn();
     // For dV too where a warpgroup makes dQ: with it in flight a thread would need 224 registers
     // instead of the 208 that this leaves.
     ptx::wgmma_wait<kValuesInFlight ? 1 : 0>();
     ptx::pin(piece);
-    if constexpr (!kValuesInFlight) take_v_grad(v_grad, weights);
+    if constexpr (!kValuesInFlight) take_v_grad(v_grad, weights, o_place.slot);
     if constexpr (!kMore) arrive(shared.v_empty);
     make_slopes(piece, weights, now, slopes);
     if constexpr (C.has_query()) publish_slopes(slopes);
@@ -296,13 +302,14 @@ struct BackwardMath {
       pass_turn();
       ptx::wgmma_wait<0>();
       ptx::pin(piece);
-      if constexpr (kValuesInFlight) take_v_grad(v_grad, weights);
+      if constexpr (kValuesInFlight) take_v_grad(v_grad, weights, o_place.slot);
       ptx::pin(k_grad);
       ptx::pin(slopes);
+      options.end_step();
       arrive(shared.q_empty[now]);
     } else if constexpr (kValuesInFlight) {
       ptx::wgmma_wait<1>();
-      take_v_grad(v_grad, weights);
+      take_v_grad(v_grad, weights, o_place.slot);
     }
   }
 
@@ -337,6 +344,7 @@ struct BackwardMath {
     store_v_grad(item, v_grad);
     ptx::wgmma_wait<0>();
     ptx::pin(k_grad);
+    options.end_step();
     arrive(shared.q_empty[last]);
   }
 

@@ -58,7 +58,7 @@ struct PairTile {
   }
 
   // Adds the biases of block k, as exp2 takes them. Pairs of keys that do not exist get -infinity.
-  __device__ __forceinline__ void add_biases(const BackwardParams& p, int k, float (&to)[4]) const {
+  __device__ __forceinline__ void add_biases(const BackwardParams& p, int k, float* to) const {
     constexpr float kLog2E = 1.4426950408889634f;
     const Numbers& numbers = p.scores.bias;
 #pragma unroll

@@ -4,6 +4,7 @@
 #include "cuda/device/ptx/bulk.h"
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/tma.h"
+#include "cuda/device/sm90/backward_bias_tiles.h"
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_schedule.h"
 
@@ -139,6 +140,10 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
           for (int slab = 0; slab < Shared::kSlabs; ++slab) {
             ptx::load_box(shared.q[q_ring.slot][slab], &p.q, full, slab * kSlabColumns, row, head,
                           item.batch);
+          }
+          if constexpr (C.has(kBiasTiles)) {
+            load_bias_tile(p, shared, q_ring.slot,
+                           BiasPlace(p, item.key_tile, row, head, item.batch));
           }
           ptx::load_bytes(
               shared.stats[q_ring.slot],

@@ -54,6 +54,11 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int ind
   } else {
     item.batch = pair / p.kv_heads;
     item.kv_head = pair - item.batch * p.kv_heads;
+    // As in the forward pass, unless launches have a batch entry each.
+    if (C.has(kBias) && p.scores.bias.batch_stride == 0 && p.pairs == p.batch * p.kv_heads) {
+      item.kv_head = pair / p.batch;
+      item.batch = pair - item.kv_head * p.batch;
+    }
     item.first_head = item.kv_head * p.group_heads;
   }
   if constexpr (C.chained != 0) {

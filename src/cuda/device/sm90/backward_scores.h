@@ -7,6 +7,7 @@
 #pragma once
 
 #include "cuda/device/scores.h"
+#include "cuda/device/sm90/backward_bias_tiles.h"
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_pairs.h"
 #include "cuda/device/sm90/backward_schedule.h"
@@ -22,7 +23,7 @@ template <BackwardConfig C>
 struct PutAside {
   static constexpr bool kInRegisters = C.puts_aside_in_registers();
   static constexpr int kWords = kPieceValues / 2;
-  static constexpr int kAtOnce = C.has(kBias) && C.has(kDropout) ? 2 : 4;
+  static constexpr int kAtOnce = C.has(kBias) && !C.has(kBiasTiles) && C.has(kDropout) ? 2 : 4;
   struct alignas(4 * kAtOnce) Words {
     uint32_t word[kAtOnce];
   };
@@ -125,6 +126,9 @@ struct ScoreOptionsOfThread {
 
   // S to P, but for the mask.
   __device__ __forceinline__ void weigh(float (&values)[kPieceValues], int stage) {
+    if constexpr (C.features == kSoftcap) {  // with others there are too few registers
+      if (all_near(p.scores.cap, values)) return weigh_near(values, stage);
+    }
     if constexpr (C.has(kSoftcap)) {
       cap_scores(p.scores.cap, values);
 #pragma unroll
@@ -140,28 +144,59 @@ struct ScoreOptionsOfThread {
       }
     }
     const float2* const lse = row_numbers(stage, kLseOfRow);
-    PairTile<C> pairs;
-    if constexpr (C.has(kBias)) pairs.find(p, shared, stage, key, lane);
+    [[maybe_unused]] PairTile<C> pairs;
+    [[maybe_unused]] const BiasPiece<C> piece{p, shared, stage, key, lane};
+    [[maybe_unused]] float floor[2];
+    if constexpr (C.has(kBiasTiles)) {
+      piece.find_floor(floor);
+    } else if constexpr (C.has(kBias)) {
+      pairs.find(p, shared, stage, key, lane);
+    }
+    constexpr int kBlocks = C.has(kBiasTiles) ? 2 : 1;  // more takes registers that are not there
 #pragma unroll
-    for (int k = 0; k < kPieceValues / 4; ++k) {
-      float added[4];  // to the product, as exp2 takes it
+    for (int k = 0; k < kPieceValues / 4; k += kBlocks) {
+      float added[4 * kBlocks];  // to the product, as exp2 takes it
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        added[i] = C.has(kKeyBias) ? shared.key_bias[key + 8 * (i / 2)] : 0.0f;
+      for (int i = 0; i < 4 * kBlocks; ++i) {
+        added[i] = C.has(kKeyBias) ? shared.key_bias[key + 8 * (i / 2 % 2)] : 0.0f;
       }
-      if constexpr (C.has(kBias)) {
+      if constexpr (C.has(kBiasTiles)) {
+        piece.add(k, floor, added);
+      } else if constexpr (C.has(kBias)) {
         pairs.add_biases(p, k, added);
       }
       if constexpr (C.has(kSoftcap)) {
-        const float2 both = lse[4 * k];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) added[i] -= i % 2 == 0 ? both.x : both.y;
+        for (int i = 0; i < 4 * kBlocks; ++i) {
+          const float2 both = lse[4 * (k + i / 4)];
+          added[i] -= i % 2 == 0 ? both.x : both.y;
+        }
       }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4 * kBlocks; ++i) {
         float& value = values[4 * k + i];
         value = ptx::exp2_fast(__fmaf_rn(value, p.scale_log2, added[i]));
       }
+    }
+  }
+
+  // The same of scores near 0 under a cap.
+  __device__ __forceinline__ void weigh_near(float (&values)[kPieceValues], int stage) {
+    const float2* const lse = row_numbers(stage, kLseOfRow);
+#pragma unroll
+    for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
+      Words some;
+#pragma unroll
+      for (int i = 0; i < kWordsAtOnce; ++i) {
+        const int at = kAtOnce * index + 2 * i;
+        const float2 both = lse[at / 4 * 4];
+        const NearScore low = near_score(p.scores.cap, values[at], -both.x);
+        const NearScore high = near_score(p.scores.cap, values[at + 1], -both.y);
+        some.word[i] = pack_pair<kHalf>(low.slope, high.slope);
+        values[at] = ptx::exp2_fast(low.exponent);
+        values[at + 1] = ptx::exp2_fast(high.exponent);
+      }
+      slopes.put(index, some);
     }
   }
 
@@ -195,8 +230,9 @@ struct ScoreOptionsOfThread {
     const float2* const sums = row_numbers(stage, kSumOfRow);
     float2 of_keys{};
     if constexpr (C.has(kKeyBias)) of_keys = shared.key_sums[sums_index()];
-    PairTile<C> pairs;
-    if constexpr (C.has(kBias)) pairs.find(p, shared, stage, key, lane);
+    [[maybe_unused]] PairTile<C> pairs;
+    [[maybe_unused]] const BiasPiece<C> piece{p, shared, stage, key, lane};
+    if constexpr (C.has(kBias) && !C.has(kBiasTiles)) pairs.find(p, shared, stage, key, lane);
 #pragma unroll
     for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
       Words weight, slope;
@@ -218,7 +254,9 @@ struct ScoreOptionsOfThread {
         logits[i] = half_of(weight.word[i / 2], i) * grad;
         if constexpr (C.has(kKeyBias)) (r == 0 ? of_keys.x : of_keys.y) += logits[i];
       }
-      if constexpr (C.has(kBias)) {
+      if constexpr (C.has(kBiasTiles)) {
+        piece.give(kAtOnce / 4 * index, logits);
+      } else if constexpr (C.has(kBias)) {
 #pragma unroll
         for (int i = 0; i < kAtOnce; i += 4) {
           pairs.give_gradients(p, (kAtOnce * index + i) / 4, &logits[i]);
@@ -234,6 +272,12 @@ struct ScoreOptionsOfThread {
       }
     }
     if constexpr (C.has(kKeyBias)) shared.key_sums[sums_index()] = of_keys;
+    if constexpr (C.has(kBiasTiles)) piece.finish();
+  }
+
+  // Before the step's Q is given back, and what lies beside it.
+  __device__ __forceinline__ void end_step() const {
+    if constexpr (C.has(kBiasTiles)) BiasPiece<C>::wait_for_copy(lane);
   }
 
  private:

@@ -129,6 +129,12 @@ struct BackwardShared {
   // Of each key, where its sum goes (or null), and of each thread that makes slopes its two keys'.
   float* key_sum_places[kBiased ? kColumns : 1];
   float2 key_sums[kBiased ? C.slope_threads() : 1];
+  // With kBiasTiles: a step's biases, then their gradients, in pieces of 16 keys a math warp.
+  static constexpr int kBiasPieces = C.has(kBiasTiles) ? kColumns / kBiasPieceKeys : 1;
+  static constexpr int kBiasPieceBytes =
+      C.has(kBiasTiles) ? kBackwardRows * kBiasPieceKeys * 2 : 16;
+  alignas(C.has(kBiasTiles) ? 256 : 16)
+      uint8_t biases[C.has(kBiasTiles) ? C.q_stages : 1][kBiasPieces][kBiasPieceBytes];
   alignas(16) uint8_t aside[C.aside_places() > 0 ? C.aside_places() : 1]
                            [C.aside_places() > 0 ? kColumns / 16 : 1][kAsideBytes];
 
@@ -147,7 +153,9 @@ struct BackwardShared {
   static constexpr uint32_t kVBytes = kColumns * C.value_depth * 2;
   static constexpr uint32_t kStatBytes = kBackwardRows * kRowStats * 2;
   static constexpr uint32_t kNumberBytes = C.reads_rows() ? 2 * kBackwardRows * 4 : 0;
-  static constexpr uint32_t kQBytes = kBackwardRows * C.depth * 2 + kStatBytes + kNumberBytes;
+  static constexpr uint32_t kBiasBytes = C.has(kBiasTiles) ? sizeof(biases[0]) : 0;
+  static constexpr uint32_t kQBytes =
+      kBackwardRows * C.depth * 2 + kStatBytes + kNumberBytes + kBiasBytes;
   static constexpr uint32_t kOutGradBytes = kBackwardRows * C.value_depth * 2;
 
   // The 16-bit pattern of 2^exponent, -14 <= exponent <= 15.

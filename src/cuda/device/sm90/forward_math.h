@@ -18,12 +18,14 @@ struct MathWarp {
   // Biases are what the product is added to; after a cap there is no product left to do that.
   static constexpr bool kBiased = C.has(kKeyBias | kBias);
   static constexpr bool kBiasFirst = kBiased && !C.has(kSoftcap);
+  static constexpr bool kHasTop = !C.has(kBounded);
 
   // The scores of 64 rows and kColumns keys, and P made of them, packed as the A operand of P V.
   template <int kColumns>
   struct Tile {
     float scores[kColumns / 2];
     uint32_t weights[kColumns / 4];
+    bool uncapped;  // scores are still to be capped, and near 0; with kBounded
   };
 
   const ForwardParams& p;
@@ -152,6 +154,10 @@ struct MathWarp {
                                               int first_column, bool last) {
     ptx::pin(tile.scores);
     release_keys(last);
+    if constexpr (C.has(kBounded)) {
+      tile.uncapped = !mask.hidden && all_near(p.scores.cap, tile.scores);
+      if (tile.uncapped) return;
+    }
     if constexpr (C.has(kSoftcap)) {
       // Wide tiles of shallow heads have no register to spare, and wait for exp2 already.
       if constexpr (C.columns <= 128) {
@@ -179,6 +185,17 @@ struct MathWarp {
     if constexpr (C.overlap == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) top[r] = __fmaf_rn(rows.sum[r], 0.0f, top[r]);
+    }
+    if constexpr (C.has(kBounded)) {
+      if (tile.uncapped) {
+#pragma unroll
+        for (int i = 8 * begin; i < 8 * end; ++i) {
+          const int r = (i / 2) % 2;
+          tile.scores[i] = ptx::exp2_fast(near_exponent(p.scores.cap, tile.scores[i], -top[r]));
+          rows.sum[r] += tile.scores[i];
+        }
+        return;
+      }
     }
 #pragma unroll
     for (int i = 8 * begin; i < 8 * end; ++i) {
@@ -210,6 +227,7 @@ struct MathWarp {
 
   template <int kColumns>
   __device__ __forceinline__ bool raise(const Tile<kColumns>& tile, float (&factor)[2]) {
+    if constexpr (!kHasTop) return false;
     float top[2];
     row_maxima(tile.scores, top);
     return rows.raise(top, p.scale_log2, factor);
@@ -421,6 +439,7 @@ struct MathWarp {
         q_parity ^= 1;
       }
       rows.reset();
+      if constexpr (!kHasTop) rows.top[0] = rows.top[1] = 0.0f;
       if constexpr (C.has(kBias)) {
         if (live) bias.start_item(p, item, first_row + 16 * warp + lane / 4);
       }

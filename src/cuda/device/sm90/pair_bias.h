@@ -3,6 +3,7 @@
 
 #include "cuda/device/scores.h"
 #include "cuda/device/sm90/schedule.h"
+#include "cuda/device/sm90/softmax.h"  // transpose_quad
 
 namespace anymask::cuda {
 
@@ -29,7 +30,9 @@ struct PairBias {
   __device__ __forceinline__ void read(const ForwardParams& p, int position,
                                        float (&to)[kCount]) const {
     const int left = p.kv_len - position;
-    if (p.scores.bias_pairs == 0) {
+    if (p.scores.bias_at_once == 8) {
+      read_eights(left, position, to);
+    } else if (p.scores.bias_at_once == 1) {
       const Numbers& bias = p.scores.bias;
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {
@@ -45,12 +48,52 @@ struct PairBias {
         both[1] = pair.y;
       });
     } else {
-      read_pairs<uint32_t>(left, position, to, [](uint32_t pair, float* both) {
-        both[0] = ptx::low_of<kHalf>(pair);
-        both[1] = ptx::high_of<kHalf>(pair);
-      });
+      read_pairs<uint32_t>(left, position, to, Halves{});
     }
   }
+
+  // Of four blocks of 8 keys a lane reads one, and the quad deals them out: with a load for each
+  // pair of keys the first-level cache, which takes a row of addresses at a time, is what a tile
+  // waits for. kCount / 4 % 4 blocks at the end are read in pairs.
+  template <int kCount>
+  __device__ __forceinline__ void read_eights(int left, int position, float (&to)[kCount]) const {
+    const int q = static_cast<int>(threadIdx.x) % 4;
+    constexpr int kBlocks = kCount / 4;
+#pragma unroll
+    for (int block = 0; block + 4 <= kBlocks; block += 4) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int at = 8 * (block + q) - 2 * q;  // from `position`, which is of key 2q of a block
+        uint4 eight{};
+        if (at < left) {
+          eight = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(rows[r]) +
+                                                  (position + at));
+        }
+        uint32_t pieces[4] = {eight.x, eight.y, eight.z, eight.w};
+        transpose_quad(pieces, q);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          to[4 * (block + i) + 2 * r] = ptx::low_of<kHalf>(pieces[i]);
+          to[4 * (block + i) + 2 * r + 1] = ptx::high_of<kHalf>(pieces[i]);
+        }
+      }
+    }
+    constexpr int kRest = kBlocks % 4;
+    if constexpr (kRest != 0) {
+      constexpr int kFirst = kBlocks - kRest;
+      float rest[4 * kRest];
+      read_pairs<uint32_t>(left - 8 * kFirst, position + 8 * kFirst, rest, Halves{});
+#pragma unroll
+      for (int i = 0; i < 4 * kRest; ++i) to[4 * kFirst + i] = rest[i];
+    }
+  }
+
+  struct Halves {
+    __device__ __forceinline__ void operator()(uint32_t pair, float* both) const {
+      both[0] = ptx::low_of<kHalf>(pair);
+      both[1] = ptx::high_of<kHalf>(pair);
+    }
+  };
 
   template <typename Pair, int kCount, typename Unpack>
   __device__ __forceinline__ void read_pairs(int left, int position, float (&to)[kCount],

@@ -90,6 +90,13 @@ __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
   Item item;
   item.batch = pair / p.q_heads;
   item.head = pair - item.batch * p.q_heads;
+  if (C.has(kBias) && p.scores.bias.batch_stride == 0) {
+    // Batch entries that share a bias of pairs run side by side: so it is read from memory once.
+    const int batches = p.pairs / p.q_heads, of_group = pair / p.group_heads;
+    const int kv_head = of_group / batches;
+    item.batch = of_group - kv_head * batches;
+    item.head = kv_head * p.group_heads + pair - of_group * p.group_heads;
+  }
   const int64_t first = map_row(p, mask_place(p, item.batch, item.head), 0);
   if constexpr (kRows > 1) {
     item.row_tile = rows - 1 - rank;
