@@ -25,6 +25,7 @@ from problem import DEVICE, HALVES, LENGTH, ON_GPU, poisoned
 DIMS = [(64, 64), (128, 128), (256, 256), (192, 128), (72, 200)]
 EACH = ["softcap", "key_bias", "bias", "sink", "dropout"]
 M, N = (LENGTH // 2, LENGTH - 83) if ON_GPU else (90, 121)
+TILED = LENGTH - 76 if ON_GPU else 120  # rows of 16-bit biases are whole 16 bytes, unlike N's
 
 
 def to_device(options):
@@ -84,7 +85,7 @@ def compile_kernels(q, k, v, mask, scale=None, deterministic=False, **options):
     key = (
         tuple((min(x, 192) + 63) // 64 for x in (q.shape[3], v.shape[3])), q.dtype, deterministic,
         type(mask), tuple(x is None for x in tensors), one_row, tuple(x > 0 for x in numbers),
-        tuple(mask.spec), q.numel() == 0 or k.numel() == 0,
+        tuple(mask.spec), q.numel() == 0 or k.numel() == 0, k.shape[1] % 8,
     )  # fmt: skip
     with seen_lock:
         if key in seen:
@@ -174,6 +175,31 @@ def test_shapes_of_biases(rows, heads, batch, kv_len, wide):
         "sink": draw(rng, (4,), "float32" if wide else "bfloat16"),
     }
     check(q, k, v, am.causal(), reference.causal(M, kv_len), **options)
+
+
+TILES = [((64, 64), "bfloat16"), ((128, 128), "bfloat16"), ((128, 128), "float16")]
+TILES += [((64, 128), "bfloat16"), ((256, 256), "bfloat16")]
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("dims, dtype", TILES)
+def test_biases_in_tiles(dims, dtype, shape):
+    """What the backward pass leaves to the copy engine, and what the forward reads by eights."""
+    assert TILED % 8 == 0
+    rng, (q, k, v) = inputs(21, dtype, lengths=(M, TILED), dims=dims)
+    bias = draw(rng, (*shape, M, TILED), dtype)
+    for mask, allowed in masks(rng, 2, 4, M, TILED).values():
+        check(q, k, v, mask, allowed, bias=bias)
+    allowed = reference.causal(M, TILED)
+    check(q, k, v, am.causal(), allowed, bias=bias, deterministic=True, scale=-0.2)
+    bias = bias.masked_fill(torch.from_numpy(rng.random(bias.shape) < 0.3).to(DEVICE), -torch.inf)
+    key_bias = draw(rng, (2, 2, TILED), dtype)
+    check(q, k, v, None, np.ones((1, 1, M, TILED), bool), bias=bias, key_bias=key_bias)
+    if dims != (64, 64):
+        return
+    rows = draw(rng, (*shape, 2 * M, TILED + 8), dtype)[..., ::2, 8:]
+    for bias in (rows, bias[:1, :1].expand(2, 4, M, TILED)):
+        check(q, k, v, am.causal(), allowed, bias=bias, dropout_p=0.1, seed=3)
 
 
 def test_strides_of_options():
@@ -378,11 +404,14 @@ def both_passes(q, k, v, mask, dout, **options):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("shape", [(2, 4), (1, 4), (2, 1), (1, 1)], ids=str)
-def test_the_same_bits_every_time(shape):
+@pytest.mark.parametrize("kv_len", [N, TILED])
+def test_the_same_bits_every_time(shape, kv_len):
     """Gradients of options always; the others where that is asked for."""
-    rng, (q, k, v) = inputs(14, dims=(128, 128))
+    rng, (q, k, v) = inputs(14, lengths=(M, kv_len), dims=(128, 128))
     options = to_device(score_checks.some_options(rng, "all", "bfloat16", q, k))
-    options["bias"] = draw(rng, (*shape, M, N))
+    if kv_len == TILED:
+        options["softcap"] = 0.0
+    options["bias"] = draw(rng, (*shape, M, kv_len))
     dout = torch.randn_like(q)
     for deterministic in (True, False):
         first = both_passes(q, k, v, am.causal(), dout, deterministic=deterministic, **options)
@@ -430,13 +459,22 @@ def test_a_graph_has_the_backward_pass_too():
 
 
 @pytest.mark.cuda
-@pytest.mark.gibibytes(8)
+@pytest.mark.gibibytes(14)
 def test_biases_beyond_two_to_the_31():
     q_len = kv_len = 50_000
     q, k, v = (torch.randn(1, q_len, 1, 64, device=DEVICE).bfloat16() for _ in range(3))
     bias = torch.empty(1, 1, q_len, kv_len, dtype=torch.bfloat16, device=DEVICE).normal_()
+    leaves = [x.requires_grad_() for x in (q, bias)]
     out = am.attention(q, k, v, bias=bias)
+    dout = torch.randn_like(out)
+    dq, dbias = torch.autograd.grad(out, leaves, dout)
     rows = [0, 1, 24_999, 43_000, 49_998, 49_999]
-    scores = (q[0, rows, 0].double() @ k[0, :, 0].double().T) / 8 + bias[0, 0, rows].double()
-    expected = scores.softmax(-1) @ v[0, :, 0].double()
-    assert (out[0, rows, 0].double() - expected).abs().max() < 2e-3
+    with torch.no_grad():
+        q, k, v, dout = (x[0, :, 0].double() for x in (q, k, v, dout))
+        weights = ((q[rows] @ k.T) / 8 + bias[0, 0, rows].double()).softmax(-1)
+        expected = weights @ v
+        assert (out[0, rows, 0].double() - expected).abs().max() < 2e-3
+        of_weights = dout[rows] @ v.T
+        slopes = weights * (of_weights - (dout[rows] * expected).sum(-1, keepdim=True))
+        assert (dbias[0, 0, rows].double() - slopes).abs().max() < 0.01 * slopes.abs().max()
+        assert (dq[0, rows, 0].double() - slopes @ k / 8).abs().max() < 2e-3

@@ -15,17 +15,18 @@
 
 namespace anymask::cuda {
 
-// Where a step's biases, or their gradients, are in their map.
+// Where a step's biases, or their gradients, are in their map. `strides`: of the one or the other,
+// 0 where one entry serves all heads or batch entries (of an expanded bias the gradient has more).
 struct BiasPlace {
   int key, row, head, batch;
 
-  // A dimension of one entry serves all heads or batch entries.
-  __device__ __forceinline__ BiasPlace(const BackwardParams& p, int key_tile, int first_row,
+  template <typename Strides>
+  __device__ __forceinline__ BiasPlace(const Strides& strides, int key_tile, int first_row,
                                        int of_head, int of_batch)
       : key(key_tile * 128),
         row(first_row),
-        head(p.scores.bias.head_stride != 0 ? of_head / p.scores.bias.divisor : 0),
-        batch(p.scores.bias.batch_stride != 0 ? of_batch : 0) {}
+        head(strides.head_stride != 0 ? of_head : 0),
+        batch(strides.batch_stride != 0 ? of_batch : 0) {}
 };
 
 // By one lane of the loading warp; its bytes are among those that `full` expects.
@@ -115,7 +116,7 @@ struct BiasPiece {
  private:
   __device__ __forceinline__ BiasPlace place() const {
     const StepPlace& step = shared.step_places[stage];
-    return BiasPlace(p, step.key_tile, shared.steps[stage].first_row, step.head, step.batch);
+    return BiasPlace(p.bias_grad, step.key_tile, shared.steps[stage].first_row, step.head, step.batch);
   }
 
   // Of a shared bias: float32 sums in the order of accumulators (round_bias_tiles undoes it).

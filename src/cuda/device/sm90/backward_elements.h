@@ -63,6 +63,17 @@ __device__ __forceinline__ void read_words(const uint32_t (*bits)[2], int key, i
   }
 }
 
+__device__ __forceinline__ void hide_all(float (&values)[kPieceValues]) {
+#pragma unroll
+  for (int i = 0; i < kPieceValues; ++i) values[i] = 0.0f;
+}
+
+// Whether a warp's words show anything. Who knows has read them, so that the copy engine may write
+// to their place (see StripBits::release_copied).
+__device__ __forceinline__ bool any_of(const uint32_t (&words)[2][2]) {
+  return __any_sync(0xffffffffu, (words[0][0] | words[0][1] | words[1][0] | words[1][1]) != 0);
+}
+
 // Rows [row, row + 32) that see a key.
 template <int kKeys>
 __device__ __forceinline__ uint32_t word_of_runs(const BackwardParams& p,

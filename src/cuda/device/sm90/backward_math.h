@@ -132,6 +132,7 @@ struct BackwardMath {
     }
     if (partial != 0) {
       uint32_t words[2][2];
+      bool any = true;
       const int key = 64 * w + 16 * warp + lane / 4;
       if constexpr (C.masks() == MaskPath::kRuns) {
         if (partial == 2) take_runs();
@@ -141,10 +142,15 @@ struct BackwardMath {
       } else {
         shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
         read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
+        if constexpr (C.baked()) any = any_of(words);
         arrive(shared.bits_empty[bit_ring.slot]);
         bit_ring.next();
       }
-      hide(scores, words);
+      if (any) {
+        hide(scores, words);
+      } else {
+        hide_all(scores);
+      }
     }
     options.drop(scores, bit_ring.slot);
 #pragma unroll

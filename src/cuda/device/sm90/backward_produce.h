@@ -143,7 +143,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
           }
           if constexpr (C.has(kBiasTiles)) {
             load_bias_tile(p, shared, q_ring.slot,
-                           BiasPlace(p, item.key_tile, row, head, item.batch));
+                           BiasPlace(p.scores.bias, item.key_tile, row, head, item.batch));
           }
           ptx::load_bytes(
               shared.stats[q_ring.slot],

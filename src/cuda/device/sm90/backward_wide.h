@@ -124,6 +124,7 @@ struct BackwardWide {
     }
     if (step.partial != 0) {
       uint32_t words[2][2];
+      bool any = true;
       const int key = 16 * warp + lane / 4;
       if constexpr (C.masks() == MaskPath::kRuns) {
         if (step.partial == 2) take_runs();
@@ -133,10 +134,15 @@ struct BackwardWide {
       } else {
         shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
         read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
+        if constexpr (C.baked()) any = any_of(words);
         arrive(shared.bits_empty[bit_ring.slot]);
         bit_ring.next();
       }
-      hide(piece, words);
+      if (any) {
+        hide(piece, words);
+      } else {
+        hide_all(piece);
+      }
     }
     if constexpr (C.has(kDropout)) {
       options.drop(piece, bit_ring.slot);

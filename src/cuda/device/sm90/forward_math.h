@@ -258,6 +258,7 @@ struct MathWarp {
       pack_weights(tile, begin, end);
       issue_output(tile, first_column, started, begin, end);
     }
+    bits.release_copied(mask);
     finish_output(tile);
   }
 
@@ -268,7 +269,9 @@ struct MathWarp {
     ptx::wgmma_wait<0>();
     take_scores(tile, mask, 0, last);
     float factor[2];
-    if (raise(tile, factor) && started) scale_rows(out, factor);
+    const bool moved = raise(tile, factor);
+    bits.release_copied(mask);
+    if (moved && started) scale_rows(out, factor);
     exponentiate(tile, 0, C.columns / 16);
     if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, C.columns / 16);
     pack_weights(tile, 0, C.columns / 16);
@@ -286,6 +289,7 @@ struct MathWarp {
     take_scores(tile, mask, 0, last);
     float factor[2];
     const bool moved = raise(tile, factor);
+    bits.release_copied(mask);
     exponentiate(tile, 0, C.columns / 16);
     if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, C.columns / 16);
     finish_output(tile);
@@ -302,9 +306,10 @@ struct MathWarp {
   }
 
   // A tile that shows this strip nothing. Its V must have come before its stage is given back.
-  __device__ __forceinline__ void skip_tile(bool last) {
+  __device__ __forceinline__ void skip_tile(const StripMask<C>& mask, bool last) {
     shared.v_full[v_ring.slot].wait(v_ring.parity);
     bits.release();
+    bits.release_copied(mask);
     release_keys(last);
     release_values();
   }
@@ -335,7 +340,7 @@ struct MathWarp {
       } else if (C.blocks() > 1 && mask.blocks == 1) {
         plain_tile<kOne>(mask, started, last);
       } else {
-        skip_tile(last);
+        skip_tile(mask, last);
         continue;
       }
       started = true;
@@ -357,7 +362,7 @@ struct MathWarp {
           started = true;
           pending = false;
         }
-        skip_tile(last);
+        skip_tile(mask, last);
       } else if (!pending) {
         first_tile(tile, mask, started, last);
         pending = true;
