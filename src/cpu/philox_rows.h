@@ -16,6 +16,9 @@ struct RowWords {
     high = bit_cast<VecU32>((even >> 32) | (odd & 0xffffffff00000000ull));
     low = b * a;
   }
+  static ANYMASK_INLINE Word kept(Word bit, Word lower, uint32_t set) {
+    return (bit & lower) | (~set & (bit | lower));
+  }
   static ANYMASK_INLINE VecU64 products(VecU32 a, VecU32 b) {
 #if defined(__AVX512F__)
     return bit_cast<VecU64>(_mm512_mul_epu32(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
@@ -27,13 +30,15 @@ struct RowWords {
   }
 };
 
-inline void dropped_keys(uint32_t key0, uint32_t key1, uint32_t threshold, uint32_t first_row,
-                         uint32_t column_block, uint32_t* words) {
+inline void kept_keys(uint32_t key0, uint32_t key1, uint32_t digits, uint32_t first_row,
+                      uint32_t block, uint32_t (*words)[kGroupRows]) {
   VecU32 row{};
   for (int i = 0; i < kLanes32; ++i) row[i] = first_row + static_cast<uint32_t>(i);
   for (int i = 0; i < kGroupRows; i += kLanes32) {
-    store(words + i, rules::dropped_keys<RowWords>({key0, key1, threshold},
-                                                   row + static_cast<uint32_t>(i), column_block));
+    const auto kept =
+        rules::kept_keys<RowWords>({key0, key1, digits}, row + static_cast<uint32_t>(i), block);
+    store(words[0] + i, kept.word[0]);
+    store(words[1] + i, kept.word[1]);
   }
 }
 

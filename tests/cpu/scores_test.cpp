@@ -189,7 +189,7 @@ TEST_P(CpuScores, DropoutScalesWhatItKeeps) {
   const Sizes s{1, 40, 70, 1, 1, 8};
   std::vector<int64_t> seed_offset{5, 6};
   Call one(s, 0, 7), two(s, 0, 7);
-  const int64_t key = 37;
+  const int key = 37;
   for (Call* call : {&one, &two}) {
     std::fill(call->v.begin(), call->v.end(), 0.0f);
     std::fill_n(call->v.begin() + key * s.dim, s.dim, 1.0f);
@@ -202,9 +202,11 @@ TEST_P(CpuScores, DropoutScalesWhatItKeeps) {
   const rules::Dropout dropout = rules::dropout_of(5, 6, 0, 0, rules::dropout_threshold(0.25));
   int dropped = 0;
   for (int64_t row = 0; row < s.q_len; ++row) {
-    const uint32_t word = rules::dropped_keys<rules::ScalarWords>(
-        dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(key / 32));
-    const bool lost = (word >> (key % 32) & 1u) != 0;
+    const auto kept = rules::kept_keys<rules::ScalarWords>(
+        dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(key / rules::kDropoutKeys));
+    const int in_block = key % rules::kDropoutKeys;
+    const uint32_t word = kept.word[rules::word_of_key(in_block)];
+    const bool lost = (word >> rules::bit_of_key(in_block) & 1u) == 0;
     const float expected = lost ? 0 : one.out[static_cast<size_t>(row * s.dim)] / 0.75f;
     EXPECT_NEAR(two.out[static_cast<size_t>(row * s.dim)], expected, 1e-6) << "row " << row;
     dropped += lost;

@@ -77,13 +77,13 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
                                               int index, int lane) {
   using Shared = BackwardShared<C>;
   Ring<C.bit_slots> slots;
-  KeptPairs<C> kept_pairs;
+  KeptPairs<C> kept_pairs(index);
   for (;; slots.next()) {
     shared.request_full[slots.slot].wait(slots.parity);
     const BitRequest& request = shared.requests[slots.slot];
     if (request.row_tile < 0) break;
     if constexpr (C.has(kDropout)) {
-      kept_pairs.make(p, shared, slots.slot, index, lane);
+      kept_pairs.make(p, shared, slots.slot, lane);
       if (C.baked() || shared.kept_requests[slots.slot].masked == 0) {
         arrive_bits(shared.bits_full[slots.slot], lane);
         continue;
