@@ -106,15 +106,15 @@ ANYMASK_RULE uint32_t digits_of(uint32_t threshold) {
   return digits | 1u << (15 + first);
 }
 
-// seed and offset: as the caller's seed_offset[0] and [1].
+// seed and offset: as the caller's seed_offset[0] and [1]. digits: as digits_of gives them.
 ANYMASK_RULE Dropout dropout_of(int64_t seed, int64_t offset, int batch, int head,
-                                uint32_t threshold) {
+                                uint32_t digits) {
   const auto low = [](int64_t x) { return static_cast<uint32_t>(x); };
   const auto high = [](int64_t x) { return static_cast<uint32_t>(static_cast<uint64_t>(x) >> 32); };
   const PhiloxBlock<ScalarWords> counter = {
       {static_cast<uint32_t>(batch), static_cast<uint32_t>(head), low(offset), high(offset)}};
   const PhiloxBlock<ScalarWords> keys = philox(counter, low(seed), high(seed));
-  return {keys.word[0], keys.word[1], digits_of(threshold)};
+  return {keys.word[0], keys.word[1], digits};
 }
 
 inline constexpr int kDropoutKeys = 64;  // of a block: those with the same j / 64

@@ -199,7 +199,8 @@ TEST_P(CpuScores, DropoutScalesWhatItKeeps) {
   one.run();
   two.run();
   expect_near(one.lse, two.lse, 1e-5);
-  const rules::Dropout dropout = rules::dropout_of(5, 6, 0, 0, rules::dropout_threshold(0.25));
+  const rules::Dropout dropout =
+      rules::dropout_of(5, 6, 0, 0, rules::digits_of(rules::dropout_threshold(0.25)));
   int dropped = 0;
   for (int64_t row = 0; row < s.q_len; ++row) {
     const auto kept = rules::kept_keys<rules::ScalarWords>(

@@ -69,7 +69,7 @@ TEST(Dropout, DropsPairsWhoseNumberIsBelowTheThreshold) {
   for (const double p :
        {0.1, 0.5, 0.25, 0.9, 0.01, 0.99, 0.3125, 1.0 / 65536, 65535.0 / 65536, 0.999999, 0.0}) {
     const uint32_t threshold = dropout_threshold(p);
-    const Dropout dropout = dropout_of(-7, int64_t{5} << 33, 3, 11, threshold);
+    const Dropout dropout = dropout_of(-7, int64_t{5} << 33, 3, 11, digits_of(threshold));
     for (uint32_t row = 0; row < 40; ++row) {
       for (uint32_t block = 0; block < 3; ++block) {
         const auto kept = kept_keys<ScalarWords>(dropout, row, block);
@@ -96,7 +96,7 @@ TEST(Dropout, PairsLookIndependent) {
   for (const double p : {0.1, 0.5, 0.05}) {
     const uint32_t threshold = dropout_threshold(p);
     const double q = threshold / 65536.0;
-    const Dropout dropout = dropout_of(11, 0, 0, 1, threshold);
+    const Dropout dropout = dropout_of(11, 0, 0, 1, digits_of(threshold));
     std::vector<uint64_t> dropped;
     for (uint32_t row = 0; row < kRows; ++row) {
       for (uint32_t block = 0; block < kBlocks; ++block) {

@@ -45,8 +45,8 @@ struct ScoreParams {
   int32_t bias_pairs;  // 1: two neighbours of a row of biases can be read at once
   CapCurve cap;
   const int64_t* seed_offset;
-  uint32_t drop_threshold;  // rules::Dropout
-  float keep_scale;         // 1 / (1 - p)
+  uint32_t drop_digits;  // rules::digits_of
+  float keep_scale;      // 1 / (1 - p)
 };
 
 }  // namespace anymask::cuda

@@ -111,7 +111,7 @@ struct PairedWords {
 __device__ __forceinline__ rules::Dropout dropout_of(const ScoreParams& scores, int batch,
                                                      int head) {
   return rules::dropout_of(scores.seed_offset[0], scores.seed_offset[1], batch, head,
-                           scores.drop_threshold);
+                           scores.drop_digits);
 }
 
 // What a row keeps of keys in any order: a block of the pattern for every key that is not in that

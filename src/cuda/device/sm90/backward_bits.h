@@ -81,17 +81,18 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
   for (;; slots.next()) {
     shared.request_full[slots.slot].wait(slots.parity);
     const BitRequest& request = shared.requests[slots.slot];
-    if (request.row_tile < 0) break;
+    if (ptx::uniform(request.row_tile) < 0) break;
     if constexpr (C.has(kDropout)) {
       kept_pairs.make(p, shared, slots.slot, lane);
-      if (C.baked() || shared.kept_requests[slots.slot].masked == 0) {
+      if (C.baked() || ptx::uniform(shared.kept_requests[slots.slot].masked) == 0) {
         arrive_bits(shared.bits_full[slots.slot], lane);
         continue;
       }
     }
     // The same keys for a warp at all times, so it needs nobody else's runs.
 #pragma unroll 1
-    for (int key = 32 * index + lane; key < C.columns(); key += 32 * Shared::kKeyBitWarps) {
+    for (int first = 32 * index; first < C.columns(); first += 32 * Shared::kKeyBitWarps) {
+      const int key = first + lane;
       const int position = request.key_tile * C.columns() + key;
       const bool exists = position < p.kv_len;
       if constexpr (C.masks() == MaskPath::kRuns) {

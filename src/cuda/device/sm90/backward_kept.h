@@ -29,14 +29,16 @@ struct KeptPairs {
   // This warp's share of what the request in a slot is about. The whole warp, converged.
   __device__ __forceinline__ void make(const BackwardParams& p, Shared& shared, int slot,
                                        int lane) {
+    // All of it in uniform registers, and with it blocks and the keys of rounds: others are few.
     const KeptRequest& request = shared.kept_requests[slot];
-    if (const int wanted = request.batch * p.q_heads + request.head; wanted != pair) {
+    const int batch = ptx::uniform(request.batch), head = ptx::uniform(request.head);
+    if (const int wanted = batch * p.q_heads + head; wanted != pair) {
       pair = wanted;
-      dropout = dropout_of(p.scores, request.batch, request.head);
-      order = key_order(p, {0, request.batch, request.head / p.group_heads, 0, 0});
+      dropout = dropout_of(p.scores, batch, head);
+      order = key_order(p, {0, batch, head / p.group_heads, 0, 0});
     }
-    const int first_row = shared.requests[slot].row_tile * kBackwardRows + lane;
-    const int first_key = shared.requests[slot].key_tile * C.columns();
+    const int first_row = ptx::uniform(shared.requests[slot].row_tile) * kBackwardRows + lane;
+    const int first_key = ptx::uniform(shared.requests[slot].key_tile) * C.columns();
     auto& kept = shared.kept[slot];
     int part = turn;
     turn = turn == 0 ? Shared::kKeyBitWarps - 1 : turn - 1;
