@@ -70,7 +70,10 @@ __device__ __forceinline__ void make_kept(const ForwardParams& p, const rules::D
     // One block of keys: a second run of rows is what else there is to do while waiting.
     if (columns == 64 && kRuns == 2 * kBitWarps && order == nullptr) {
       if (first_row + 32 * run >= p.q_len) continue;
-      const uint32_t row = first_row + 32 * run + lane;
+      uint32_t row = first_row + 32 * run + lane;
+      // Not the same for all tiles, as far as the compiler may know: it would keep what the first
+      // rounds make of it in local memory.
+      asm volatile("" : "+r"(row));
       const rules::KeptKeys<PairedWords> kept = rules::kept_keys<PairedWords>(
           dropout, WordPair{row, row + 32 * kBitWarps}, position / rules::kDropoutKeys);
       store(run, words_of_quad(kept.word[0].a, kept.word[1].a, 0, 0));
