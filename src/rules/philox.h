@@ -121,8 +121,8 @@ inline constexpr int kDropoutKeys = 64;  // of a block: those with the same j / 
 
 // Where key j of a block has its bit. A quad's lane holds keys 8k + 2q and 8k + 2q + 1 of a row of
 // scores on the GPU (q: the lane), so their bits lie side by side, in the order of its
-// accumulators: two permutations of bytes then deal 128 keys out to the quad, where 32 keys a word
-// took 44 instructions.
+// accumulators: four permutations of bytes then deal 128 keys out to the quad, where words of 32
+// keys in order take 40 instructions.
 ANYMASK_RULE constexpr int word_of_key(int j) { return j / 4 % 2; }
 ANYMASK_RULE constexpr int bit_of_key(int j) { return j / 2 % 2 * 16 + j / 8 % 8 * 2 + j % 2; }
 // The other way round.

@@ -20,8 +20,8 @@ struct KeptPairs {
   rules::Dropout dropout;
   const int32_t* order;  // the caller's keys at positions, or null
   int pair = -1;         // whose these are
-  // The first part of the next request that is this warp's: there are more parts than warps, but no
-  // multiple, so the warp that has one more changes.
+  // The first part of the next request that is this warp's. There are hardly ever as many parts for
+  // each warp, so it is another one each time that has more to do.
   int turn;
 
   __device__ __forceinline__ explicit KeptPairs(int index) : turn(index) {}
@@ -57,19 +57,20 @@ struct KeptPairs {
       const int key = (kPaired ? part : part / 2) * rules::kDropoutKeys, half = part % 2;
       const uint32_t row = first_row, block = (first_key + key) / rules::kDropoutKeys;
       if constexpr (kPaired) {
-        const auto words =
-            rules::kept_keys<PairedWords>(dropout, WordPair{row, row + 32}, block).word;
+        const rules::KeptKeys<PairedWords> keys =
+            rules::kept_keys<PairedWords>(dropout, WordPair{row, row + 32}, block);
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
           uint32_t(&to)[2] = kept[key + rules::key_of_bit(word, lane)];
-          to[0] = transpose_bits(words[word].a, lane);
-          to[1] = transpose_bits(words[word].b, lane);
+          to[0] = transpose_bits(keys.word[word].a, lane);
+          to[1] = transpose_bits(keys.word[word].b, lane);
         }
       } else {
-        const auto words = rules::kept_keys<LaneWords>(dropout, row + 32 * half, block).word;
+        const rules::KeptKeys<LaneWords> keys =
+            rules::kept_keys<LaneWords>(dropout, row + 32 * half, block);
 #pragma unroll
         for (int word = 0; word < 2; ++word) {
-          kept[key + rules::key_of_bit(word, lane)][half] = transpose_bits(words[word], lane);
+          kept[key + rules::key_of_bit(word, lane)][half] = transpose_bits(keys.word[word], lane);
         }
       }
     }
