@@ -90,9 +90,9 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
       }
     }
     // The same keys for a warp at all times, so it needs nobody else's runs.
-    // A loop that all lanes leave together keeps uniform registers usable, and with dropout 200 bytes
-    // from being spilled. But where query heads are items of their own, the compiler then spills two
-    // registers of math threads in their loop.
+    // A loop that all lanes leave together keeps uniform registers usable, and with dropout 200
+    // bytes from being spilled. But where query heads are items of their own, the compiler then
+    // spills two registers of math threads in their loop.
     constexpr bool kUniform = C.adds_keys == 0;
 #pragma unroll 1
     for (int at = 32 * index + (kUniform ? 0 : lane); at < C.columns();
