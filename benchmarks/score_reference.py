@@ -23,14 +23,19 @@ def dropped(
     subkey = _philox([entry, head, 0, 0], [seed & _LOW_WORD, seed >> 32 & _LOW_WORD], "cpu")
     key = [int(subkey[0]), int(subkey[1])]
     rows = torch.arange(q_len, device=device)[:, None]
-    blocks = torch.arange(-(-kv_len // 32), device=device)[None, :]
-    bits = torch.arange(32, device=device)
-    numbers = torch.zeros(q_len, blocks.numel() * 32, dtype=torch.int32, device=device)
-    for call in range(4):
-        for word in _philox([rows, blocks, call, 0], key, device):
-            bit = (word[..., None] >> bits & 1).to(torch.int32)
-            numbers = 2 * numbers + bit.flatten(1)
-    return numbers[:, :kv_len] < _threshold(p)
+    blocks = torch.arange(-(-kv_len // 64), device=device)[None, :]
+    j = torch.arange(64, device=device)
+    first, bits = j // 4 % 2 * 2, j // 2 % 2 * 16 + j // 8 * 2 + j % 2
+    limit, outputs = _threshold(p), 8
+    while outputs and limit % 4 == 0:
+        limit, outputs = limit // 4, outputs - 1
+    numbers = torch.zeros(q_len, blocks.numel() * 64, dtype=torch.int32, device=device)
+    for t in range(outputs):
+        words = torch.stack(_philox([rows, blocks, 0, 0], key, device, 7 + 2 * t), -1)
+        for i in range(2):
+            bit = (words[..., first + i] >> bits & 1).to(torch.int32)
+            numbers += bit.flatten(1) << 2 * t + i
+    return numbers[:, :kv_len] < limit
 
 
 def _threshold(p: float) -> int:
@@ -39,12 +44,12 @@ def _threshold(p: float) -> int:
     return min(int(p * 65536 + 0.5), 65535)
 
 
-def _philox(counter: Sequence[Any], key: Sequence[int], device: Any) -> list[Any]:
-    """Philox4x32 with seven rounds, words in int64; wrapped products keep all 64 of their bits."""
+def _philox(counter: Sequence[Any], key: Sequence[int], device: Any, rounds: int = 7) -> list[Any]:
+    """Philox4x32, words in int64; wrapped products keep all 64 of their bits."""
     x = [torch.as_tensor(word, dtype=torch.int64, device=device) for word in counter]
     x = list(torch.broadcast_tensors(*x))
     k = list(key)
-    for _ in range(7):
+    for _ in range(rounds):
         one, two = x[0] * 0xD2511F53, x[2] * 0xCD9E8D57
         x = [
             two >> 32 & _LOW_WORD ^ x[1] ^ k[0],

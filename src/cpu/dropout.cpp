@@ -6,41 +6,35 @@
 #include "cpu/words.h"
 
 namespace anymask::cpu {
-namespace {
-
-// bits[i] bit j becomes bits[j] bit i: halves of 16, 8, ... 1 rows change places.
-void transpose(uint32_t (&bits)[32]) {
-  uint32_t low = 0x0000ffffu;
-  for (int half = 16; half > 0; half /= 2, low ^= low << half) {
-    for (int i = 0; i < 32; i = ((i | half) + 1) & ~half) {
-      const uint32_t crossing = ((bits[i] >> half) ^ bits[i | half]) & low;
-      bits[i] ^= crossing << half;
-      bits[i | half] ^= crossing;
-    }
-  }
-}
-
-}  // namespace
 
 void kept_words(const rules::Dropout& dropout, const TileKeys& keys, int64_t row, int rows,
                 uint32_t* words) {
-  // Positions by key: neighbours then mostly lie in one block of 32 keys, whatever the order.
+  // Positions by key: neighbours then mostly lie in one block of 64 keys, whatever the order.
   int at[kMaxTileKeys];
   std::iota(at, at + keys.count, 0);
   if (keys.reordered()) {
     std::sort(at, at + keys.count, [&](int a, int b) { return keys.key(a) < keys.key(b); });
   }
-  const auto block_of = [&](int i) { return static_cast<uint32_t>(keys.key(at[i]) / 32); };
+  const auto block_of = [&](int i) {
+    return static_cast<uint32_t>(keys.key(at[i]) / rules::kDropoutKeys);
+  };
   for (int group = 0; group * kGroupRows < rows; ++group, words += kWordsStride) {
     const auto first_row = static_cast<uint32_t>(row + group * kGroupRows);
+    const auto fill = [&](uint32_t block, uint32_t* to) {
+      kernels().kept_words(dropout.key0, dropout.key1, dropout.digits, first_row, block, to);
+    };
     for (int i = 0; i < keys.count;) {
       const uint32_t block = block_of(i);
-      uint32_t dropped[kGroupRows];
-      kernels().dropped_keys(dropout.key0, dropout.key1, dropout.threshold, first_row, block,
-                             dropped);
-      transpose(dropped);
+      const bool starts = !keys.reordered() && keys.key(i) % rules::kDropoutKeys == 0;
+      if (starts && keys.count - i >= rules::kDropoutKeys) {
+        fill(block, words + i);
+        i += rules::kDropoutKeys;
+        continue;
+      }
+      uint32_t kept[rules::kDropoutKeys];
+      fill(block, kept);
       for (; i < keys.count && block_of(i) == block; ++i) {
-        words[at[i]] = ~dropped[keys.key(at[i]) % 32];
+        words[at[i]] = kept[keys.key(at[i]) % rules::kDropoutKeys];
       }
     }
   }

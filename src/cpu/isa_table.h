@@ -33,7 +33,7 @@ using MathOfBf16 = MathF32;
 
 inline constexpr Kernels kTable = {
     ANYMASK_ISA_NAME,
-    dropped_keys,
+    kept_words,
     {forward_kernel<MathF32, InF32>(), forward_kernel<MathF32, InF16>(),
      forward_kernel<MathOfBf16, InBf16>(), forward_kernel<MathF64, InF64>()},
     {backward_kernel<MathF32, InF32>(), backward_kernel<MathF32, InF16>(),

@@ -137,9 +137,10 @@ struct BackwardKernel {
 
 struct Kernels {
   const char* name;
-  // rules::dropped_keys of 32 rows from first_row on.
-  void (*dropped_keys)(uint32_t key0, uint32_t key1, uint32_t threshold, uint32_t first_row,
-                       uint32_t column_block, uint32_t* words);
+  // Dropout: words[key] = the rows of the 32 from first_row on that keep a key, for the 64 keys of
+  // a block of the pattern.
+  void (*kept_words)(uint32_t key0, uint32_t key1, uint32_t digits, uint32_t first_row,
+                     uint32_t block, uint32_t* words);
   ForwardKernel forward[kElements];
   BackwardKernel backward[kElements];
   // Multiply-adds on registers only: returns the floating-point operations done.

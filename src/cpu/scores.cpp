@@ -134,8 +134,9 @@ Words TileScores::kept(const TileKeys& keys, int64_t head, int64_t row, int rows
                        char* memory) const {
   if (!drops()) return {nullptr, 0};
   auto* words = reinterpret_cast<uint32_t*>(memory + sums_bytes_ + gathered_bytes_ + keys_bytes_);
-  const rules::Dropout dropout = rules::dropout_of(seed_, offset_, static_cast<int>(keys.batch),
-                                                   static_cast<int>(head), threshold_);
+  const rules::Dropout dropout =
+      rules::dropout_of(seed_, offset_, static_cast<int>(keys.batch), static_cast<int>(head),
+                        rules::digits_of(threshold_));
   kept_words(dropout, keys, row, rows, words);
   return {words, kWordsStride};
 }

@@ -106,8 +106,9 @@ ScoreParams score_params(const ScoreOptions& scores, const Problem& problem, dou
   const bool negative = scale < 0 && !(scores.softcap > 0);
   params.bias_factor = static_cast<float>((negative ? -1.0 : 1.0) / factor);
   if (scores.softcap > 0) params.cap = cap_curve(scale, scores.softcap);
-  params.drop_threshold = rules::dropout_threshold(scores.dropout_p);
-  params.keep_scale = static_cast<float>(rules::dropout_scale(params.drop_threshold));
+  const uint32_t threshold = rules::dropout_threshold(scores.dropout_p);
+  params.drop_digits = rules::digits_of(threshold);
+  params.keep_scale = static_cast<float>(rules::dropout_scale(threshold));
   params.seed_offset = static_cast<const int64_t*>(scores.seed_offset.data);
   return params;
 }

@@ -189,28 +189,32 @@ TEST_P(CpuScores, DropoutScalesWhatItKeeps) {
   const Sizes s{1, 40, 70, 1, 1, 8};
   std::vector<int64_t> seed_offset{5, 6};
   Call one(s, 0, 7), two(s, 0, 7);
-  const int64_t key = 37;
+  const int keys[8] = {0, 5, 18, 31, 37, 46, 63, 69};  // each has a column of its own
   for (Call* call : {&one, &two}) {
     std::fill(call->v.begin(), call->v.end(), 0.0f);
-    std::fill_n(call->v.begin() + key * s.dim, s.dim, 1.0f);
+    for (size_t i = 0; i < 8; ++i) call->v[static_cast<size_t>(keys[i]) * 8 + i] = 1.0f;
   }
   two.scores.dropout_p = 0.25;
   two.scores.seed_offset = Tensor(seed_offset.data(), DType::i64, {2});
   one.run();
   two.run();
   expect_near(one.lse, two.lse, 1e-5);
-  const rules::Dropout dropout = rules::dropout_of(5, 6, 0, 0, rules::dropout_threshold(0.25));
+  const uint32_t digits = rules::digits_of(rules::dropout_threshold(0.25));
+  const rules::Dropout dropout = rules::dropout_of(5, 6, 0, 0, digits);
   int dropped = 0;
-  for (int64_t row = 0; row < s.q_len; ++row) {
-    const uint32_t word = rules::dropped_keys<rules::ScalarWords>(
-        dropout, static_cast<uint32_t>(row), static_cast<uint32_t>(key / 32));
-    const bool lost = (word >> (key % 32) & 1u) != 0;
-    const float expected = lost ? 0 : one.out[static_cast<size_t>(row * s.dim)] / 0.75f;
-    EXPECT_NEAR(two.out[static_cast<size_t>(row * s.dim)], expected, 1e-6) << "row " << row;
-    dropped += lost;
+  for (size_t row = 0; row < 40; ++row) {
+    for (size_t i = 0; i < 8; ++i) {
+      const auto kept = rules::kept_keys<rules::ScalarWords>(dropout, static_cast<uint32_t>(row),
+                                                             static_cast<uint32_t>(keys[i] / 64));
+      const int key = keys[i] % 64;
+      const bool lost = (kept.word[rules::word_of_key(key)] >> rules::bit_of_key(key) & 1u) == 0;
+      const float expected = lost ? 0 : one.out[row * 8 + i] / 0.75f;
+      EXPECT_NEAR(two.out[row * 8 + i], expected, 1e-6) << "row " << row << " key " << keys[i];
+      dropped += lost;
+    }
   }
-  EXPECT_GT(dropped, 0);
-  EXPECT_LT(dropped, s.q_len);
+  EXPECT_GT(dropped, 50);
+  EXPECT_LT(dropped, 110);
 }
 
 }  // namespace

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 
-def philox(counter, key):
-    """Philox4x32 with 7 rounds; four words (arrays that broadcast) under two."""
+def philox(counter, key, rounds=7):
+    """Philox4x32; four words (arrays that broadcast) under two."""
     x = [np.asarray(word, np.uint64) for word in counter]
     k = [int(word) for word in key]
     low = np.uint64(0xFFFFFFFF)
-    for _ in range(7):
+    for _ in range(rounds):
         one, two = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
         x = [
             (two >> np.uint64(32)) ^ x[1] ^ np.uint64(k[0]),
@@ -36,17 +36,23 @@ def threshold(p):
 
 def kept(p, seed, batch, heads, q_len, kv_len, offset=0):
     """bool [batch, heads, q_len, kv_len]: the pairs that dropout keeps."""
-    rows, blocks = np.arange(q_len)[:, None], np.arange(-(-kv_len // 32))[None, :]
-    columns = np.arange(kv_len)
+    rows, blocks = np.arange(q_len)[:, None], np.arange(-(-kv_len // 64))[None, :]
+    j = np.arange(kv_len)
+    bits = j // 2 % 2 * 16 + j // 8 % 8 * 2 + j % 2
+    limit, outputs = threshold(p), 8
+    while outputs and limit % 4 == 0:
+        limit, outputs = limit // 4, outputs - 1
     result = np.empty((batch, heads, q_len, kv_len), bool)
     for b, h in np.ndindex(batch, heads):
         key = philox([b, h, *halves(offset)], halves(seed))[:2]
         numbers = np.zeros((q_len, kv_len), np.int64)
-        for k in range(16):
-            word = philox([rows, blocks, k // 4, 0], key)[k % 4]
-            word = np.broadcast_to(word, (q_len, blocks.size))[:, columns // 32].astype(np.int64)
-            numbers = 2 * numbers + (word >> (columns % 32) & 1)
-        result[b, h] = numbers >= threshold(p)
+        for t in range(outputs):
+            words = philox([rows, blocks, 0, 0], key, 7 + 2 * t)
+            words = np.stack([np.broadcast_to(w, (q_len, blocks.size)) for w in words])
+            for i in range(2):
+                word = words[j // 4 % 2 * 2 + i, :, j // 64].T.astype(np.int64)
+                numbers += (word >> bits & 1) << (2 * t + i)
+        result[b, h] = numbers >= limit
     return result
 
 

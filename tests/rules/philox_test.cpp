@@ -4,7 +4,10 @@
 #include <gtest/gtest.h>
 
 #include <array>
-#include <random>
+#include <bit>
+#include <cmath>
+#include <cstdlib>
+#include <vector>
 
 namespace anymask::rules {
 namespace {
@@ -27,30 +30,108 @@ TEST(Philox, KnownAnswers) {
             (std::array<uint32_t, 4>{0x4dfccabau, 0x190a87f0u, 0xc47362bau, 0xb6b5242au}));
 }
 
-// The 16-bit number of a pair, bit by bit.
-uint32_t number_of(const Dropout& dropout, uint32_t row, uint32_t key) {
-  uint32_t number = 0;
-  for (uint32_t k = 0; k < 16; ++k) {
-    const Block random = philox(Block{{row, key / 32, k / 4, 0}}, dropout.key0, dropout.key1);
-    number = number * 2 + (random.word[k % 4] >> (key % 32) & 1u);
+// What a pair's number takes of the threshold: its digits in base 4 up to the last that is not 0.
+int outputs_of(uint32_t threshold) {
+  for (int outputs = 8; outputs > 0; --outputs) {
+    if (threshold >> (16 - 2 * outputs) & 3u) return outputs;
   }
-  return number;
+  return 0;
+}
+
+// Output t: Philox of 7 + 2t rounds, written out once more.
+std::array<uint32_t, 4> output(const Dropout& dropout, uint32_t row, uint32_t block, int t) {
+  std::array<uint32_t, 4> x = {row, block, 0, 0};
+  for (uint32_t round = 0; round < 7 + 2 * static_cast<uint32_t>(t); ++round) {
+    const uint64_t one = uint64_t{0xd2511f53u} * x[0], two = uint64_t{0xcd9e8d57u} * x[2];
+    x = {static_cast<uint32_t>(two >> 32) ^ x[1] ^ (dropout.key0 + round * 0x9e3779b9u),
+         static_cast<uint32_t>(two),
+         static_cast<uint32_t>(one >> 32) ^ x[3] ^ (dropout.key1 + round * 0xbb67ae85u),
+         static_cast<uint32_t>(one)};
+  }
+  return x;
+}
+
+// A pair is dropped where its number, two bits of each output from the lowest up, is below the
+// threshold's digits.
+bool drops(const Dropout& dropout, uint32_t threshold, uint32_t row, uint32_t key) {
+  const int outputs = outputs_of(threshold);
+  const uint32_t first = key & 4u ? 2 : 0;
+  const uint32_t bit = key % 2 + 2 * (key / 8 % 8) + 16 * (key / 2 % 2);
+  uint32_t number = 0;
+  for (int t = 0; t < outputs; ++t) {
+    const std::array<uint32_t, 4> words = output(dropout, row, key / 64, t);
+    for (uint32_t i = 0; i < 2; ++i) number |= (words[first + i] >> bit & 1u) << (2 * t + i);
+  }
+  return number < threshold >> (16 - 2 * outputs);
 }
 
 TEST(Dropout, DropsPairsWhoseNumberIsBelowTheThreshold) {
   for (const double p :
-       {0.1, 0.5, 0.25, 0.9, 0.01, 0.99, 1.0 / 65536, 65535.0 / 65536, 0.999999, 0.0}) {
+       {0.1, 0.5, 0.25, 0.9, 0.01, 0.99, 0.3125, 1.0 / 65536, 65535.0 / 65536, 0.999999, 0.0}) {
     const uint32_t threshold = dropout_threshold(p);
-    const Dropout dropout = dropout_of(-7, int64_t{5} << 33, 3, 11, threshold);
+    const Dropout dropout = dropout_of(-7, int64_t{5} << 33, 3, 11, digits_of(threshold));
     for (uint32_t row = 0; row < 40; ++row) {
       for (uint32_t block = 0; block < 3; ++block) {
-        const uint32_t dropped = dropped_keys<ScalarWords>(dropout, row, block);
-        for (uint32_t j = 0; j < 32; ++j) {
-          ASSERT_EQ((dropped >> j & 1u) != 0, number_of(dropout, row, 32 * block + j) < threshold)
-              << "p " << p << " row " << row << " key " << 32 * block + j;
+        const auto kept = kept_keys<ScalarWords>(dropout, row, block);
+        for (int j = 0; j < kDropoutKeys; ++j) {
+          const uint32_t key = 64 * block + static_cast<uint32_t>(j);
+          ASSERT_EQ((kept.word[word_of_key(j)] >> bit_of_key(j) & 1u) == 0,
+                    drops(dropout, threshold, row, key))
+              << "p " << p << " row " << row << " key " << key;
         }
       }
     }
+  }
+}
+
+TEST(Dropout, KeysAndBitsOfABlockCorrespond) {
+  for (int j = 0; j < kDropoutKeys; ++j) EXPECT_EQ(key_of_bit(word_of_key(j), bit_of_key(j)), j);
+}
+
+// Keys of a block share one state of Philox. If its outputs hung together, so would they: how often
+// each key is dropped, each two of a block, and each two of neighbouring rows and blocks, within
+// as many standard deviations as chance exceeds once in 400 patterns.
+TEST(Dropout, PairsLookIndependent) {
+  constexpr uint32_t kRows = 512, kBlocks = 65;
+  for (const double p : {0.1, 0.5, 0.05}) {
+    const uint32_t threshold = dropout_threshold(p);
+    const double q = threshold / 65536.0;
+    const Dropout dropout = dropout_of(11, 0, 0, 1, digits_of(threshold));
+    std::vector<uint64_t> dropped;
+    for (uint32_t row = 0; row < kRows; ++row) {
+      for (uint32_t block = 0; block < kBlocks; ++block) {
+        const auto kept = kept_keys<ScalarWords>(dropout, row, block);
+        dropped.push_back(~(uint64_t{kept.word[0]} | uint64_t{kept.word[1]} << 32));
+      }
+    }
+    const auto expect_independent = [&](size_t distance, const char* name) {
+      const size_t count = dropped.size() - kBlocks;
+      std::vector<double> one(64), two(64), both(64 * 64);
+      for (size_t at = 0; at < count; ++at) {
+        for (uint64_t left = dropped[at]; left != 0; left &= left - 1) {
+          const auto i = static_cast<size_t>(std::countr_zero(left));
+          ++one[i];
+          for (uint64_t other = dropped[at + distance]; other != 0; other &= other - 1) {
+            ++both[64 * i + static_cast<size_t>(std::countr_zero(other))];
+          }
+        }
+        for (size_t j = 0; j < 64; ++j)
+          two[j] += static_cast<double>(dropped[at + distance] >> j & 1u);
+      }
+      const auto n = static_cast<double>(count);
+      for (size_t i = 0; i < 64; ++i) {
+        EXPECT_LT(std::abs(one[i] - n * q) / std::sqrt(n * q * (1 - q)), 5) << name << p << i;
+        for (size_t j = 0; j < 64; ++j) {
+          if (distance == 0 && i == j) continue;
+          const double excess = both[64 * i + j] - q * one[i] - q * two[j] + n * q * q;
+          EXPECT_LT(std::abs(excess) / (std::sqrt(n) * q * (1 - q)), 5.5)
+              << name << " p " << p << ", bits " << i << " and " << j;
+        }
+      }
+    };
+    expect_independent(0, "one block");
+    expect_independent(1, "neighbouring blocks");
+    expect_independent(kBlocks, "neighbouring rows");
   }
 }
 

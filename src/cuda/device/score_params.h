@@ -57,8 +57,8 @@ struct ScoreParams {
   int32_t bias_at_once;  // neighbours of a row of biases that can be read at once: 8, 2 or 1
   CapCurve cap;
   const int64_t* seed_offset;
-  uint32_t drop_threshold;  // rules::Dropout
-  float keep_scale;         // 1 / (1 - p)
+  uint32_t drop_digits;  // rules::digits_of
+  float keep_scale;      // 1 / (1 - p)
 };
 
 }  // namespace anymask::cuda

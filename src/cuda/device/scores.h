@@ -108,15 +108,19 @@ __device__ __forceinline__ NearScore near_score(const CapCurve& cap, float score
 
 // ---- dropout ------------------------------------------------------------------------------------
 
+struct LaneWords : rules::ScalarWords {
+  // One instruction: left to itself the compiler takes two to five.
+  static __device__ __forceinline__ Word kept(Word bit, Word lower, uint32_t set) {
+    asm("lop3.b32 %0, %1, %0, %2, 0xd4;" : "+r"(lower) : "r"(bit), "r"(set));
+    return lower;
+  }
+};
+
 // Two words at a time: the chain of one Philox leaves its warp waiting half of the time.
 struct WordPair {
   uint32_t a, b;
   __device__ __forceinline__ WordPair operator^(WordPair x) const { return {a ^ x.a, b ^ x.b}; }
   __device__ __forceinline__ WordPair operator^(uint32_t x) const { return {a ^ x, b ^ x}; }
-  __device__ __forceinline__ WordPair operator&(WordPair x) const { return {a & x.a, b & x.b}; }
-  __device__ __forceinline__ WordPair operator&(uint32_t x) const { return {a & x, b & x}; }
-  __device__ __forceinline__ WordPair operator|(WordPair x) const { return {a | x.a, b | x.b}; }
-  __device__ __forceinline__ WordPair operator|(uint32_t x) const { return {a | x, b | x}; }
   __device__ __forceinline__ WordPair operator+(WordPair x) const { return {a + x.a, b + x.b}; }
   __device__ __forceinline__ WordPair operator+(uint32_t x) const { return {a + x, b + x}; }
   __device__ __forceinline__ WordPair operator~() const { return {~a, ~b}; }
@@ -124,35 +128,35 @@ struct WordPair {
 struct PairedWords {
   using Word = WordPair;
   static __device__ __forceinline__ void multiply(uint32_t factor, Word x, Word& high, Word& low) {
-    rules::ScalarWords::multiply(factor, x.a, high.a, low.a);
-    rules::ScalarWords::multiply(factor, x.b, high.b, low.b);
+    LaneWords::multiply(factor, x.a, high.a, low.a);
+    LaneWords::multiply(factor, x.b, high.b, low.b);
+  }
+  static __device__ __forceinline__ Word kept(Word bit, Word lower, uint32_t set) {
+    return {LaneWords::kept(bit.a, lower.a, set), LaneWords::kept(bit.b, lower.b, set)};
   }
 };
 
 __device__ __forceinline__ rules::Dropout dropout_of(const ScoreParams& scores, int batch,
                                                      int head) {
   return rules::dropout_of(scores.seed_offset[0], scores.seed_offset[1], batch, head,
-                           scores.drop_threshold);
+                           scores.drop_digits);
 }
 
-// Which of the keys at positions first .. first + 31 `row` drops. `order`: the keys at positions,
-// not null. A word of the pattern for every key that is not in the block of the one before it:
-// slow.
-__device__ __forceinline__ uint32_t dropped_in_order(const rules::Dropout& dropout, int row,
-                                                     const int32_t* order, int first, int kv_len) {
-  uint32_t dropped = 0, word = 0;
+// What a row keeps of keys in any order: a block of the pattern for every key that is not in that
+// of the one before it, so slow.
+struct KeptInOrder {
+  rules::KeptKeys<LaneWords> kept;
   int block = -1;
-  const int count = rules::min_of(32, kv_len - first);
-#pragma unroll 1
-  for (int i = 0; i < count; ++i) {
-    const int key = order[first + i];
-    if (key / 32 != block) {
-      block = key / 32;
-      word = rules::dropped_keys<rules::ScalarWords>(dropout, row, block);
+
+  // 1: it keeps `key`.
+  __device__ __forceinline__ uint32_t bit(const rules::Dropout& dropout, int row, int key) {
+    if (key / rules::kDropoutKeys != block) {
+      block = key / rules::kDropoutKeys;
+      kept = rules::kept_keys<LaneWords>(dropout, row, block);
     }
-    dropped |= ((word >> (key % 32)) & 1) << i;
+    const uint32_t word = rules::word_of_key(key) == 0 ? kept.word[0] : kept.word[1];
+    return (word >> rules::bit_of_key(key)) & 1;
   }
-  return dropped;
-}
+};
 
 }  // namespace anymask::cuda

@@ -77,21 +77,27 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
                                               int index, int lane) {
   using Shared = BackwardShared<C>;
   Ring<C.bit_slots> slots;
-  KeptPairs<C> kept_pairs;
+  KeptPairs<C> kept_pairs(index);
   for (;; slots.next()) {
     shared.request_full[slots.slot].wait(slots.parity);
     const BitRequest& request = shared.requests[slots.slot];
-    if (request.row_tile < 0) break;
+    if (ptx::uniform(request.row_tile) < 0) break;
     if constexpr (C.has(kDropout)) {
-      kept_pairs.make(p, shared, slots.slot, index, lane);
-      if (C.baked() || shared.kept_requests[slots.slot].masked == 0) {
+      kept_pairs.make(p, shared, slots.slot, lane);
+      if (C.baked() || ptx::uniform(shared.kept_requests[slots.slot].masked) == 0) {
         arrive_bits(shared.bits_full[slots.slot], lane);
         continue;
       }
     }
     // The same keys for a warp at all times, so it needs nobody else's runs.
+    // A loop that all lanes leave together keeps uniform registers usable, and with dropout 200
+    // bytes from being spilled. But where query heads are items of their own, the compiler then
+    // spills two registers of math threads in their loop.
+    constexpr bool kUniform = C.adds_keys == 0;
 #pragma unroll 1
-    for (int key = 32 * index + lane; key < C.columns(); key += 32 * Shared::kKeyBitWarps) {
+    for (int at = 32 * index + (kUniform ? 0 : lane); at < C.columns();
+         at += 32 * Shared::kKeyBitWarps) {
+      const int key = kUniform ? at + lane : at;
       const int position = request.key_tile * C.columns() + key;
       const bool exists = position < p.kv_len;
       if constexpr (C.masks() == MaskPath::kRuns) {
