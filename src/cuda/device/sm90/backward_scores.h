@@ -182,14 +182,16 @@ struct ScoreOptionsOfThread {
 
   // The same of scores near 0 under a cap.
   __device__ __forceinline__ void weigh_near(float (&values)[kPieceValues], int stage) {
-    const float2* const lse = row_numbers(stage, kLseOfRow);
+    float2 lse[kPieceValues / 4];  // read ahead of what is put aside, which might lie there too
+#pragma unroll
+    for (int k = 0; k < kPieceValues / 4; ++k) lse[k] = row_numbers(stage, kLseOfRow)[4 * k];
 #pragma unroll
     for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
       Words some;
 #pragma unroll
       for (int i = 0; i < kWordsAtOnce; ++i) {
         const int at = kAtOnce * index + 2 * i;
-        const float2 both = lse[at / 4 * 4];
+        const float2 both = lse[at / 4];
         const NearScore low = near_score(p.scores.cap, values[at], -both.x);
         const NearScore high = near_score(p.scores.cap, values[at + 1], -both.y);
         some.word[i] = pack_pair<kHalf>(low.slope, high.slope);
