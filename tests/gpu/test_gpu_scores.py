@@ -198,8 +198,8 @@ def test_biases_in_tiles(dims, dtype, shape):
     if dims != (64, 64):
         return
     rows = draw(rng, (*shape, 2 * M, TILED + 8), dtype)[..., ::2, 8:]
-    for bias in (rows, bias[:1, :1].expand(2, 4, M, TILED)):
-        check(q, k, v, am.causal(), allowed, bias=bias, dropout_p=0.1, seed=3)
+    for view in (rows, bias[:1, :1].expand(2, 4, M, TILED)):
+        check(q, k, v, am.causal(), allowed, bias=view, dropout_p=0.1, seed=3)
 
 
 def test_strides_of_options():

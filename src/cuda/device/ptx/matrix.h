@@ -21,7 +21,7 @@ __device__ __forceinline__ void load_matrices(uint32_t address, uint32_t* to) {
                : "memory");
 }
 
-// The same of matrices that are to be transposed, or lie so: the lane holds elements of column l / 4.
+// The same of matrices that are transposed on their way: lane l holds elements of column l / 4.
 __device__ __forceinline__ void store_matrices_transposed(uint32_t address, uint32_t a, uint32_t b,
                                                           uint32_t c, uint32_t d) {
   asm volatile(

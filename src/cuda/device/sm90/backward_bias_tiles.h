@@ -116,7 +116,8 @@ struct BiasPiece {
  private:
   __device__ __forceinline__ BiasPlace place() const {
     const StepPlace& step = shared.step_places[stage];
-    return BiasPlace(p.bias_grad, step.key_tile, shared.steps[stage].first_row, step.head, step.batch);
+    return BiasPlace(p.bias_grad, step.key_tile, shared.steps[stage].first_row, step.head,
+                     step.batch);
   }
 
   // Of a shared bias: float32 sums in the order of accumulators (round_bias_tiles undoes it).

@@ -5,6 +5,7 @@
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/wgmma.h"
 #include "cuda/device/sm90/forward_shared.h"
+#include "cuda/device/sm90/forward_store.h"
 #include "cuda/device/sm90/pair_bias.h"
 #include "cuda/device/sm90/softmax.h"
 #include "cuda/device/sm90/strip_bits.h"
@@ -40,10 +41,6 @@ struct MathWarp {
   float out[C.value_depth / 2];
   RowState rows;
   PairBias<C.half != 0> bias;
-
-  static __device__ __forceinline__ uint32_t pack(float low, float high) {
-    return C.half ? ptx::pack_f16(low, high) : ptx::pack_bf16(low, high);
-  }
 
   // One arrival a warp.
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
@@ -221,7 +218,7 @@ struct MathWarp {
   __device__ __forceinline__ void pack_weights(Tile<kColumns>& tile, int begin, int end) {
 #pragma unroll
     for (int i = 8 * begin; i < 8 * end; i += 2) {
-      tile.weights[i / 2] = pack(tile.scores[i], tile.scores[i + 1]);
+      tile.weights[i / 2] = pack_output<C>(tile.scores[i], tile.scores[i + 1]);
     }
   }
 
@@ -375,54 +372,6 @@ struct MathWarp {
     return started || pending;
   }
 
-  // ---- end of an item ---------------------------------------------------------------------------
-
-  __device__ __forceinline__ void store(const Item& item, int first_row) {
-    const int q = lane % 4;
-    const float sink = sink_log2<C.half != 0>(p.scores.sink, item.head);
-    float inverse[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float sum = rows.sum[r];
-      sum += ptx::shuffle_xor(sum, 1);
-      sum += ptx::shuffle_xor(sum, 2);
-      // The sink is one more score, without a value.
-      const float top = fmaxf(rows.top[r], sink);
-      const float rescale = ptx::exp2_fast(rows.top[r] - top);
-      sum = sum * rescale + ptx::exp2_fast(sink - top);
-      const bool seen = sum > 0.0f;
-      inverse[r] = seen ? rescale / sum : 0.0f;
-      if constexpr (C.has(kDropout)) inverse[r] *= p.scores.keep_scale;
-      const int row = first_row + 16 * warp + lane / 4 + 8 * r;
-      if (q == 0 && row < p.q_len && p.lse != nullptr) {
-        constexpr float kLn2 = 0.69314718055994531f;
-        const float lse = seen ? (top + ptx::log2_fast(sum)) * kLn2 : kMinusInfinity;
-        p.lse[(static_cast<int64_t>(item.batch) * p.q_heads + item.head) * p.q_len + row] = lse;
-      }
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int row = first_row + 16 * warp + lane / 4 + 8 * r;
-      uint16_t* to = static_cast<uint16_t*>(p.out) + item.batch * p.out_batch_stride +
-                     item.head * p.out_head_stride + row * p.out_row_stride;
-      // Quads gather 8 columns a lane, so that a row is written 64 bytes at a time.
-#pragma unroll
-      for (int j = 0; j < C.value_depth / 32; ++j) {
-        uint32_t pieces[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int at = 4 * (4 * j + i) + 2 * r;
-          pieces[i] = pack(out[at] * inverse[r], out[at + 1] * inverse[r]);
-        }
-        transpose_quad(pieces, q);
-        const int column = 8 * (4 * j + q);
-        if (row < p.q_len && column < p.value_depth) {
-          ptx::store_global(to + column, pieces[0], pieces[1], pieces[2], pieces[3]);
-        }
-      }
-    }
-  }
-
   // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
@@ -458,7 +407,7 @@ struct MathWarp {
 #pragma unroll
         for (int i = 0; i < C.value_depth / 2; ++i) out[i] = 0.0f;
       }
-      if (live) store(item, first_row);
+      if (live) store_output<C>(p, item, first_row + 16 * warp + lane / 4, lane % 4, rows, out);
     }
   }
 };
