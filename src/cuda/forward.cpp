@@ -197,6 +197,8 @@ std::vector<KernelConfig> forward_kernels() {
       for (const int32_t feature : {softcap, kKeyBias, kBias, kDropout}) {
         all.push_back(kernel_config(variant(depth, value_depth, half, MaskPath::kRuns, feature)));
       }
+      // Biases of pairs come with dense masks more than with others.
+      all.push_back(kernel_config(variant(depth, value_depth, half, MaskPath::kBaked, kBias)));
     }
   }
   return all;

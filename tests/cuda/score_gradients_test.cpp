@@ -30,7 +30,7 @@ constexpr Device kGpu{DeviceType::cuda, 0};
 constexpr int64_t kBatch = 3, kHeads = 4, kRows = 100, kKeys = 70;
 
 Tensor tensor(DType dtype, std::initializer_list<int64_t> shape) {
-  static int64_t somewhere;
+  alignas(16) static int64_t somewhere;
   return Tensor(&somewhere, dtype, shape, kGpu);
 }
 
@@ -73,14 +73,55 @@ TEST(BackwardWorkspace, CountsWhatGradientsOfOptionsNeed) {
   EXPECT_EQ(bytes(only(&ScoreOptions::key_bias, key_bias), {key_bias, none, none}), plain + keys);
   const Tensor columns = tensor(DType::bf16, {1, kHeads, 1, kKeys});
   EXPECT_EQ(bytes(only(&ScoreOptions::bias, columns), {none, columns, none}), plain + keys);
-  // Of pairs: only what is shared and 16-bit.
+  // Of pairs: only what is shared and 16-bit, in tiles of 64 rows x 128 keys.
   const Tensor full = tensor(DType::bf16, {kBatch, kHeads, kRows, kKeys});
   EXPECT_EQ(bytes(only(&ScoreOptions::bias, full), {none, full, none}), plain);
   const Tensor wide = tensor(DType::f32, {1, kHeads, kRows, kKeys});
   EXPECT_EQ(bytes(only(&ScoreOptions::bias, wide), {none, wide, none}), plain);
   const Tensor shared = tensor(DType::bf16, {1, kHeads, kRows, kKeys});
   EXPECT_EQ(bytes(only(&ScoreOptions::bias, shared), {none, shared, none}),
-            plain + line_up(kHeads * kRows * kKeys * 4));
+            plain + line_up(kHeads * 2 * 64 * 128 * 4));
+}
+
+// Whether the copy engine brings a bias of 100 rows and, unless said otherwise, 72 keys.
+bool in_tiles(const Tensor& bias, const Tensor& gradient, double softcap = 0, int64_t head_dim = 64,
+              bool reordered = false) {
+  ScoreOptions options = only(&ScoreOptions::bias, bias);
+  options.softcap = softcap;
+  Problem p = problem();
+  p.kv_len = bias.shape[3];
+  p.head_dim = head_dim;
+  const Tensor none;
+  ScoreGradients gradients({options, none, gradient, none}, p);
+  gradients.choose_tiles(reordered);
+  return (gradients.features() & kBiasTiles) != 0;
+}
+
+TEST(ScoreGradientTiles, WhatTheCopyEngineCanRead) {
+  const Tensor none;
+  const Tensor bias = tensor(DType::bf16, {kBatch, kHeads, kRows, 72});
+  const Tensor shared = tensor(DType::bf16, {1, 1, kRows, 72});
+  EXPECT_TRUE(in_tiles(bias, none));
+  EXPECT_TRUE(in_tiles(bias, bias));
+  EXPECT_TRUE(in_tiles(shared, shared));
+  EXPECT_FALSE(in_tiles(bias, none, 30.0));
+  EXPECT_FALSE(in_tiles(bias, none, 0, 192));
+  EXPECT_FALSE(in_tiles(bias, none, 0, 64, true));
+  EXPECT_FALSE(in_tiles(tensor(DType::f32, {1, 1, kRows, 72}), none));
+  EXPECT_FALSE(in_tiles(tensor(DType::bf16, {1, 1, kRows, kKeys}), none));
+  EXPECT_FALSE(in_tiles(tensor(DType::bf16, {1, kHeads, 1, 72}), none));
+  Tensor expanded = bias;  // over heads and batch entries; its gradient is not
+  expanded.stride[0] = expanded.stride[1] = 0;
+  EXPECT_TRUE(in_tiles(expanded, bias));
+  expanded.stride[2] = 0;  // over rows
+  EXPECT_FALSE(in_tiles(expanded, bias));
+  Tensor odd = bias;
+  odd.stride[2] += 4;
+  EXPECT_FALSE(in_tiles(odd, none));
+  EXPECT_FALSE(in_tiles(bias, odd));
+  Tensor away = bias;
+  away.data = static_cast<char*>(away.data) + 8;
+  EXPECT_FALSE(in_tiles(away, none));
 }
 
 TEST(ScoreGradientRounds, NoTwoPairsOfALaunchShareABias) {
