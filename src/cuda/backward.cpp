@@ -263,8 +263,8 @@ int64_t backward_workspace(const Problem& problem, bool deterministic, const Sco
 
 void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const Problem problem = problem_of_views(call.q, call.k, call.v);
-  ScoreGradients gradients({*call.scores, call.dkey_bias, call.dbias, call.dsink}, problem);
-  gradients.choose_tiles(call.program->key_order != nullptr);
+  const ScoreGradients gradients({*call.scores, call.dkey_bias, call.dbias, call.dsink}, problem,
+                                 call.program->key_order != nullptr);
   if (problem.batch == 0 || problem.q_heads == 0 || problem.kv_heads == 0) {
     return gradients.write_zeros(ordinal, stream);
   }

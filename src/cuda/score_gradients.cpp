@@ -148,12 +148,13 @@ int shared_by(int64_t whole, int64_t size) { return size > 0 ? static_cast<int>(
 
 }  // namespace
 
-ScoreGradients::ScoreGradients(const ScoreCall& call, const Problem& problem)
+ScoreGradients::ScoreGradients(const ScoreCall& call, const Problem& problem, bool reordered)
     : call_(call),
       problem_(problem),
       columns_(call.options.bias.given() && call.options.bias.shape[2] == 1) {
   features_ = features_of(call.options);
   if (columns_) features_ = (features_ & ~kBias) | kKeyBias;
+  if (tiles_fit(reordered)) features_ |= kBiasTiles;
   row_numbers_ = (features_ & (kSoftcap | kDropout)) != 0 || call.dsink.given();
   const Tensor& dbias = call.dbias;
   if (call.dkey_bias.given() || (dbias.given() && columns_)) {
@@ -169,13 +170,11 @@ ScoreGradients::ScoreGradients(const ScoreCall& call, const Problem& problem)
   }
 }
 
-void ScoreGradients::choose_tiles(bool reordered) {
-  if ((features_ & kBias) == 0 || reordered) return;
-  if ((features_ & kSoftcap) != 0) return;  // there are too few registers for both
-  if (std::max(problem_.head_dim, problem_.v_head_dim) > 128) return;
-  if (!can_be_tiled(call_.options.bias)) return;
-  if (call_.dbias.given() && !can_be_tiled(call_.dbias)) return;
-  features_ |= kBiasTiles;
+bool ScoreGradients::tiles_fit(bool reordered) const {
+  const bool fits_registers = (features_ & kSoftcap) == 0;
+  return (features_ & kBias) != 0 && fits_registers && !reordered &&
+         std::max(problem_.head_dim, problem_.v_head_dim) <= 128 &&
+         can_be_tiled(call_.options.bias) && (!call_.dbias.given() || can_be_tiled(call_.dbias));
 }
 
 std::vector<PairRound> ScoreGradients::rounds() const {

@@ -26,17 +26,16 @@ struct PairRound {
 // Where gradients of score options are summed. Offsets are into the pass's workspace.
 class ScoreGradients {
  public:
-  ScoreGradients(const ScoreCall& call, const Problem& problem);
+  // reordered: keys come in a plan's order. The size of a workspace does not depend on it.
+  ScoreGradients(const ScoreCall& call, const Problem& problem, bool reordered = false);
 
   // The bits of the main kernel's `features`. A bias with one row for all queries counts as one of
-  // keys.
+  // keys. kBiasTiles where the copy engine can bring the bias of pairs and take its gradient:
+  // 16-bit, rows of whole 16 bytes, keys in the caller's order, head dimensions up to 128, no
+  // softcap.
   int32_t features() const { return features_; }
   // Whether rows' numbers are wanted in float32.
   bool row_numbers() const { return row_numbers_; }
-  // From then on features() has kBiasTiles where the copy engine can bring the bias of pairs and
-  // take its gradient: 16-bit, rows of whole 16 bytes, keys in the caller's order, head dimensions
-  // up to 128, no softcap.
-  void choose_tiles(bool reordered);
   // Bytes of the float32 sums of keys [batch][q_heads][kv_len] and of pairs (of dbias's shape,
   // where it is 16-bit and shared, or of as many whole tiles).
   int64_t key_bytes() const { return 4 * keys_; }
@@ -57,6 +56,7 @@ class ScoreGradients {
   void write_zeros(int ordinal, CuStream stream) const;
 
  private:
+  bool tiles_fit(bool reordered) const;
   bool pairs_wanted() const { return call_.dbias.given() && !columns_; }
 
   const ScoreCall call_;

@@ -90,7 +90,7 @@ CapCurve cap_curve(double scale, double softcap) {
     curve.near[i] = static_cast<float>(kNear[i] * power * factor * softcap * kLog2E);
     curve.near_slopes[i] = static_cast<float>(kNearSlopes[i] * power);
   }
-  curve.near_limit = std::min(0.75f * curve.limit, curve.limit);
+  curve.near_limit = 0.75f * curve.limit;
   return curve;
 }
 

@@ -144,12 +144,9 @@ struct KeptKeys {
 // bits decide; so "kept" becomes what two of the three say: the number has a 1, it was kept, the
 // threshold has a 0.
 //
-// Outputs 2 rounds apart must look independent, too. Tested with 4 million states of consecutive
-// rows and blocks under small and random keys, three times: at 7 probabilities of 0.4% to 90%, how
-// often each key is dropped, each two of a block, each two of neighbouring rows and blocks, 6000
-// triples (from 5% on: below, too few are expected); and each bit of the first four outputs, each
-// two and 220,000 sets of three of them XORed. 2 rounds and 3 look alike, and like chance; with 1,
-// some pairs of bits are equal.
+// Outputs 2 rounds apart must look independent, too: tests/rules/philox_test.cpp compares how often
+// each key is dropped, each two of a block, and each two of neighbouring rows and blocks with
+// chance. With 1 round between outputs some pairs of bits are equal, and it fails.
 template <class Words, class Block>
 ANYMASK_RULE KeptKeys<Words> kept_keys(const Dropout& dropout, typename Words::Word row,
                                        Block block) {

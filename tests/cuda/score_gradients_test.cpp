@@ -92,8 +92,7 @@ bool in_tiles(const Tensor& bias, const Tensor& gradient, double softcap = 0, in
   p.kv_len = bias.shape[3];
   p.head_dim = head_dim;
   const Tensor none;
-  ScoreGradients gradients({options, none, gradient, none}, p);
-  gradients.choose_tiles(reordered);
+  const ScoreGradients gradients({options, none, gradient, none}, p, reordered);
   return (gradients.features() & kBiasTiles) != 0;
 }
 

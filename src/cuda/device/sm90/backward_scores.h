@@ -131,17 +131,7 @@ struct ScoreOptionsOfThread {
     }
     if constexpr (C.has(kSoftcap)) {
       cap_scores(p.scores.cap, values);
-#pragma unroll
-      for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
-        Words some;
-#pragma unroll
-        for (int i = 0; i < kWordsAtOnce; ++i) {
-          const int at = kAtOnce * index + 2 * i;
-          some.word[i] = pack_pair<kHalf>(__fmaf_rn(-values[at], values[at], 1.0f),
-                                          __fmaf_rn(-values[at + 1], values[at + 1], 1.0f));
-        }
-        slopes.put(index, some);
-      }
+      put_slopes([&](int at) { return __fmaf_rn(-values[at], values[at], 1.0f); });
     }
     const float2* const lse = row_numbers(stage, kLseOfRow);
     [[maybe_unused]] PairTile<C> pairs;
@@ -185,18 +175,25 @@ struct ScoreOptionsOfThread {
     float2 lse[kPieceValues / 4];  // read ahead of what is put aside, which might lie there too
 #pragma unroll
     for (int k = 0; k < kPieceValues / 4; ++k) lse[k] = row_numbers(stage, kLseOfRow)[4 * k];
+    put_slopes([&](int at) {
+      const float2 both = lse[at / 4];
+      const NearScore score = near_score(p.scores.cap, values[at], at % 2 == 0 ? -both.x : -both.y);
+      values[at] = ptx::exp2_fast(score.exponent);
+      return score.slope;
+    });
+  }
+
+  // slope_at(i): 1 - tanh^2 of value i.
+  template <typename SlopeAt>
+  __device__ __forceinline__ void put_slopes(const SlopeAt& slope_at) {
 #pragma unroll
     for (int index = 0; index < kPieceValues / kAtOnce; ++index) {
       Words some;
 #pragma unroll
       for (int i = 0; i < kWordsAtOnce; ++i) {
         const int at = kAtOnce * index + 2 * i;
-        const float2 both = lse[at / 4];
-        const NearScore low = near_score(p.scores.cap, values[at], -both.x);
-        const NearScore high = near_score(p.scores.cap, values[at + 1], -both.y);
-        some.word[i] = pack_pair<kHalf>(low.slope, high.slope);
-        values[at] = ptx::exp2_fast(low.exponent);
-        values[at + 1] = ptx::exp2_fast(high.exponent);
+        const float low = slope_at(at), high = slope_at(at + 1);
+        some.word[i] = pack_pair<kHalf>(low, high);
       }
       slopes.put(index, some);
     }

@@ -61,7 +61,8 @@ struct StripBits {
 
   // But the copy engine does not queue behind loads of the words, as other warps' stores do: its
   // slots are given back when something has come of what was read. (With biases of pairs on their
-  // way from memory, such loads were overtaken once in a hundred calls.)
+  // way from memory, such loads were overtaken once in a hundred calls. Overlapped tiles under
+  // kBounded wait for nothing, but they have no biases for loads to queue behind either.)
   static constexpr bool kCopied = C.baked() && !C.every_tile();
   __device__ __forceinline__ void release_copied(const StripMask<C>& mask) {
     if constexpr (kCopied) {
