@@ -123,7 +123,7 @@ struct Workspace {
                                                 key_tiles_of(problem.kv_len, c);
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
-    turns = take(c.chained != 0 ? row_tiles * 8 : 0);
+    turns = take(c.chained != 0 ? row_tiles * 4 : 0);
     next_item = take(kItemCounters * 4);
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
@@ -154,6 +154,7 @@ void set_strides(const Tensor& tensor, int64_t& batch, int64_t& row, int64_t& he
 // How many (batch, kv head) pairs, and which at the end, run together.
 struct Chunks {
   int64_t size, tail;
+  bool two_fit;  // two pairs' in all of L2
 
   // As many pairs as have Q, dO and the float32 dQ of their query heads in two fifths of L2. But
   // the last ones run together whatever the cache holds, four items for every multiprocessor:
@@ -163,13 +164,14 @@ struct Chunks {
   // With segments of rows work goes from one to the next.
   Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& gpu, int64_t pairs,
          int64_t key_tiles, int segments) {
+    const int64_t group = config.adds_keys != 0 ? 1 : problem.q_heads / problem.kv_heads;
+    const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
+    two_fit = 2 * bytes <= gpu.l2_bytes;
     if (segments > 1) {
       size = tail = 1;
       return;
     }
     const bool chained = config.chained != 0;
-    const int64_t group = config.adds_keys != 0 ? 1 : problem.q_heads / problem.kv_heads;
-    const int64_t bytes = problem.q_len * group * (problem.head_dim * 6 + problem.v_head_dim * 2);
     const int64_t enough =
         chained ? 1
                 : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
@@ -315,7 +317,9 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   gradients.set(params, reinterpret_cast<float*>(workspace + layout.pair_sums), call.scale,
                 call.program->key_order != nullptr);
   if (splits) {
-    params.choice = split_choice(call, config);
+    const Chunks chunks(problem, config, gpu(ordinal), problem.batch * problem.kv_heads,
+                        call.columns.outer_tiles, params.segments);
+    params.choice = split_choice(call, config, chunks.size, chunks.two_fit);
     params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
   }
   const auto clear = [&](void* from, int64_t bytes) {

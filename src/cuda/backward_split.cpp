@@ -90,20 +90,32 @@ bool may_split(const Problem& problem, const BackwardConfig& config) {
          problem.batch * problem.q_heads * problem.q_len >= kLeastRows;
 }
 
-SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config) {
+SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config, int64_t chunk,
+                         bool fits) {
   // Row tiles that a key tile meets, in the mean. On an H100 S = 1024 takes 1.33 to 1.38 times as
   // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
   constexpr int64_t kMostTiles = 12;
-  // Of all tiles, with one order of sums. Beyond that chains hardly wait, and S and P once less are
-  // worth more: causal (0.5) takes 1.02 times as long split. Not with groups of query heads, whose
-  // items are few and long: full 0.91, causal 0.86.
-  const double most_share = call.q.shape[2] > call.k.shape[2] ? 1.0 : 0.4;
   const plan::TileMap& map = call.columns;
-  const int64_t key_tiles = int64_t{call.program->batches} * call.program->heads * map.outer_tiles;
+  const int64_t places = int64_t{call.program->batches} * call.program->heads;
+  const int64_t key_tiles = places * map.outer_tiles;
   const int64_t few = key_tiles * kMostTiles;
-  if (config.chained == 0) return {map.total, few};
-  const double all = static_cast<double>(key_tiles * map.inner_tiles);
-  return {map.total, std::max(few, static_cast<int64_t>(all * most_share))};
+  if (config.chained == 0) return {map.total, few, 0};
+  // A row tile takes parts one after the other, each about a step after the one before, so a
+  // chunk's chains take as long as its fullest row tile has parts, and its work 1 / blocks of its
+  // tiles. That ratio is 1.3 at most for masks whose chains hardly wait (random_eviction) and 1.6
+  // where all key tiles meet the same few rows (causal_blockwise, 2 times as fast split).
+  constexpr double kMostRatio = 1.55, kBlocks = 132;
+  const int64_t group = call.q.shape[2] / call.k.shape[2];
+  const auto crowding = static_cast<int64_t>(kBlocks / kMostRatio * static_cast<double>(places) /
+                                             static_cast<double>(chunk * group));
+  // The query heads of a group are one after the other in an item, and unless a mask is nearly full
+  // blocks are at different ones. Where these do not fit L2, causal takes 1.12 times as long
+  // unsplit (full 0.89).
+  constexpr double kMostShare = 0.6;
+  if (group == 1 || fits) return {map.total, few, crowding};
+  const auto most =
+      static_cast<int64_t>(kMostShare * static_cast<double>(key_tiles) * map.inner_tiles);
+  return {map.total, std::max(few, most), crowding};
 }
 
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config) {

@@ -44,13 +44,13 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   c.adds_keys = divides && !chained && !c.has(kBias | kSoftcap);
   const int total = c.depth + c.value_depth;
   c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
-  // Sums that are not chained leave registers to those who load and make bits.
-  c.query_registers = total == 256 ? (chained ? 72 : 64) : total == 192 ? 80 : 96;
-  c.load_registers = total == 256 ? (chained ? 24 : 32) : total == 192 ? 80 : 96;
+  c.query_registers = total == 256 ? 64 : total == 192 ? 80 : 96;
+  c.load_registers = total == 256 ? 32 : total == 192 ? 80 : 96;
   if (features != 0) {
     c.math_registers = total == 256 ? 208 : total == 192 ? 192 : 184;
-    c.query_registers = total == 256 && !chained ? 64 : 72;
-    c.load_registers = total == 256 ? (chained ? 24 : 32) : total == 192 ? 56 : 72;
+    const bool crowded = chained && c.has(kSoftcap) && c.has(kBias);
+    c.query_registers = total == 256 && !crowded ? 64 : 72;
+    c.load_registers = total == 256 ? (crowded ? 24 : 32) : total == 192 ? 56 : 72;
     if (c.has(kBiasTiles)) {  // biases take the other place of K, and of a tile of Q
       c.k_stages = 1;
       if (total == 256) c.q_stages = 2;

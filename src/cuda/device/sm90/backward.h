@@ -11,6 +11,7 @@
 #include "cuda/device/sm90/backward_math.h"
 #include "cuda/device/sm90/backward_produce.h"
 #include "cuda/device/sm90/backward_query.h"
+#include "cuda/device/sm90/backward_turns.h"
 #include "cuda/device/sm90/backward_wide.h"
 
 namespace anymask::cuda {
@@ -29,6 +30,7 @@ __device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first
     ptx::prefetch_map(&p.v);
     ptx::prefetch_map(&p.out_grad);
     shared.init();
+    shared.chunk = chunk_of<C>(p);
   }
   shared.init_units(threadIdx.x, p.lse_exponent);
   __syncthreads();
@@ -38,7 +40,7 @@ __device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first
     if (warp == 0) {
       backward_load<C>(p, shared, lane, first);
     } else if (warp < BackwardShared<C>::kFirstBitWarp) {
-      await_turns<C>(p, shared, lane);
+      if (lane == 0) run_turns<C>(p, shared);
     } else if constexpr (C.makes_bits()) {
       make_key_bits<C>(p, shared, warp - BackwardShared<C>::kFirstBitWarp, lane);
     }
@@ -64,7 +66,7 @@ __device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
   static_assert(sizeof(BackwardShared<C>) <= C.shared_bytes());
-  if (!p.choice.splits()) run_key_roles<C>(p, blockIdx.x);
+  if (!p.splits()) run_key_roles<C>(p, blockIdx.x);
 }
 
 }  // namespace anymask::cuda

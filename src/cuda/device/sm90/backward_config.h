@@ -126,8 +126,15 @@ struct BiasGradient {
 struct SplitChoice {
   const int64_t* visible_tiles;  // of the plan's column map; null: never
   int64_t most;                  // apart, unless there are more of them
+  // Or where chains would wait: the key tiles that the fullest row tile meets, of the plan's row
+  // map, times `crowding` are more than all visible tiles. 0: does not matter.
+  int64_t crowding;
 
-  bool splits() const { return visible_tiles != nullptr && *visible_tiles <= most; }
+  bool splits(const plan::TileMap& rows) const {
+    if (visible_tiles == nullptr) return false;
+    const int64_t tiles = *visible_tiles;
+    return tiles <= most || (crowding > 0 && rows.count[rows.order[0]] * crowding > tiles);
+  }
 };
 
 // Everything that the three kernels of a backward pass read. Strides are in elements, and the last
@@ -156,11 +163,10 @@ struct BackwardParams {
 
   // Workspace, linear in q_len. A row tile is (batch * q_heads + head) * row_tiles + tile.
   float *k_sums,
-      *v_sums;      // [pair][key tile][2][64 * depth]: dK / scale and dV, where they are added
-  float* q_sums;    // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
-  uint16_t* stats;  // [row tile][64][kRowStats]
-  // [row tile][2], chained: how many key tiles have added to each part
-  int32_t* turns;
+      *v_sums;         // [pair][key tile][2][64 * depth]: dK / scale and dV, where they are added
+  float* q_sums;       // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
+  uint16_t* stats;     // [row tile][64][kRowStats]
+  int32_t* turns;      // [row tile], chained: how many key tiles have added
   int32_t* next_item;  // [kItemCounters]: of key tiles, and of row tiles (backward_split.h)
 
   int32_t batch;
@@ -189,6 +195,8 @@ struct BackwardParams {
   SplitChoice choice;
   plan::TileMap columns;  // outer: key tiles
   plan::TileMap rows;     // outer: row tiles; chained only
+
+  bool splits() const { return choice.splits(rows); }
   RunRecipe recipe;
   rules::Program program;
 

@@ -10,7 +10,7 @@ namespace anymask::cuda {
 
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) {
-  if (p.choice.splits()) return;
+  if (p.splits()) return;
   const int64_t row_tile = blockIdx.x;  // of all of the workspace
   const int head_index = static_cast<int>(row_tile / p.row_tiles);
   const int first_row =

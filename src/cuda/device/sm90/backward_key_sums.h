@@ -51,7 +51,7 @@ __device__ __forceinline__ void write_key_grads(const float* from, float scale, 
 // A block a key tile of a kv head, a warpgroup for each half of it.
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_key_finish_kernel(const BackwardParams& p) {
-  if (p.choice.splits()) return;
+  if (p.splits()) return;
   const int tiles = p.columns.outer_tiles;
   const int pair = blockIdx.x / tiles, key_tile = blockIdx.x - pair * tiles;
   const int batch = pair / p.kv_heads, kv_head = pair - batch * p.kv_heads;

@@ -90,7 +90,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     }
   }
 
-  if (p.choice.splits()) {
+  if (p.splits()) {
     // Nobody adds.
   } else if constexpr (C.chained == 0) {
     float4* q_sums = reinterpret_cast<float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth));
@@ -112,7 +112,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
       }
     }
   }
-  if (C.chained != 0 && thread < 2) p.turns[2 * row_tile + thread] = 0;
+  if (C.chained != 0 && thread == 0) p.turns[row_tile] = 0;
   if (row_tile == 0 && thread < kItemCounters) p.next_item[thread] = 0;
 
   uint16_t* stats = p.stats + row_tile * (kBackwardRows * kRowStats);

@@ -80,7 +80,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
   if (index == kDrawFirst) index = p.blocks + draw_item(p.next_item, lane);
   for (;;) {
     BackwardItem item = {0, 0, 0, -1, 0, 0};
-    if (index < p.items) item = item_at<C>(p, index);
+    if (index < p.items) item = item_at<C>(p, shared.chunk, index);
     if (C.adds_keys != 0 && item.steps == 0) {
       if (p.segments > 1) pass_over(p, item, index, lane);
       index = p.blocks + draw_item(p.next_item, lane);
@@ -133,8 +133,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
             shared.step_places[q_ring.slot] = {head, item.batch, item.key_tile, begins};
             begins = 0;
           }
-          if constexpr (C.has_query()) shared.sent[sent_ring.slot] = step;
-          if constexpr (Shared::kWaitsForTurns) shared.sent_full[sent_ring.slot].arrive();
+          if constexpr (C.has_query() || Shared::kHasTurns) shared.sent[sent_ring.slot] = step;
+          if constexpr (Shared::kHasTurns) shared.sent_full[sent_ring.slot].arrive();
           full.arrive_expect(Shared::kQBytes);
 #pragma unroll
           for (int slab = 0; slab < Shared::kSlabs; ++slab) {

@@ -10,34 +10,6 @@
 
 namespace anymask::cuda {
 
-// Chained: a warp of its own waits for turns, so that the trip to memory that it takes to see one
-// is over when the sum is ready.
-template <BackwardConfig C>
-__device__ __forceinline__ void await_turns(const BackwardParams& p, BackwardShared<C>& shared,
-                                            int lane) {
-  Ring<kItemSlots> items;
-  Ring<kSentSlots> sent_ring;
-  Ring<kTurnSlots> turn_ring;
-  for (;; items.next()) {
-    shared.item_full[items.slot].wait(items.parity);
-    const int steps = shared.items[items.slot].steps;
-    __syncwarp();
-    if (lane == 0) shared.item_empty[items.slot].arrive();
-    if (steps < 0) break;
-#pragma unroll 1
-    for (int t = 0; t < steps; ++t, sent_ring.next(), turn_ring.next()) {
-      shared.sent_full[sent_ring.slot].wait(sent_ring.parity);
-      const BackwardStep step = shared.sent[sent_ring.slot];
-      shared.turn_empty[turn_ring.slot].wait(turn_ring.parity ^ 1);
-      if (lane == 0) {
-        if (step.turn > 0) await_turn(p.turns + 2 * static_cast<int64_t>(step.row_tile), step.turn);
-        shared.turn_full[turn_ring.slot].arrive();
-      }
-      __syncwarp();
-    }
-  }
-}
-
 template <BackwardConfig C>
 struct BackwardQuery {
   using Shared = BackwardShared<C>;
@@ -70,11 +42,12 @@ struct BackwardQuery {
     ptx::wgmma_commit();
   }
 
-  __device__ __forceinline__ void one_step(const BackwardItem& item, QuerySums<C>& sums) {
+  __device__ __forceinline__ void one_step(const BackwardItem& item, const QuerySums<C>& sums) {
     const int slot = done % C.slope_slots;
     shared.slopes_full[slot].wait(done / C.slope_slots & 1);
     const BackwardStep& sent = shared.sent[done % kSentSlots];
-    const BackwardStep step = {ptx::uniform(sent.row_tile), 0, 0,
+    const BackwardStep step = {ptx::uniform(sent.row_tile),
+                               C.chained != 0 ? ptx::uniform(sent.first_row) : 0, 0,
                                C.chained != 0 ? ptx::uniform(sent.turn) : 0,
                                C.chained != 0 ? ptx::uniform(sent.last_head + 1) - 1 : -1};
     const uint32_t a = ptx::lower_mn_major(shared.slopes[slot], kKeySlabBytes);
@@ -86,18 +59,16 @@ struct BackwardQuery {
       ptx::pin(q_grad);
       if (part == C.parts() - 1) arrive(shared.slopes_empty[slot]);
       if (C.chained != 0 && part == 0) {
-        sums.settle();
         shared.turn_full[done % kTurnSlots].wait(done / kTurnSlots & 1);
-        arrive(shared.turn_empty[done % kTurnSlots]);
       }
       sums.add(step, item.batch, part, q_grad);
     }
-    sums.finish(step);
+    if constexpr (C.chained != 0) arrive(shared.turn_used[done % kTurnSlots]);
     ++done;
   }
 
   __device__ __forceinline__ void run() {
-    QuerySums<C> sums{p, 0, 32 * warp + lane};
+    const QuerySums<C> sums{p, 32 * warp + lane};
     Ring<kItemSlots> items;
     for (;; items.next()) {
       shared.item_full[items.slot].wait(items.parity);
@@ -111,7 +82,6 @@ struct BackwardQuery {
       for (int t = 0; t < item.steps; ++t) one_step(item, sums);
       arrive(shared.k_empty[k_ring.slot]);
       k_ring.next();
-      sums.settle();
     }
   }
 };

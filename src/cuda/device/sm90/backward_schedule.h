@@ -24,20 +24,36 @@ __device__ __forceinline__ int heads_of_item(const BackwardParams& p) {
   return C.adds_keys != 0 ? 1 : p.group_heads;
 }
 
+// How many pairs a chunk has. Chained, a row tile's parts are added about a step apart, so a pair
+// begins no more than an item a step: under a mask whose key tiles meet few row tiles more pairs
+// than fill L2 have to run side by side to give all blocks work.
+template <BackwardConfig C>
+__device__ __forceinline__ int chunk_of(const BackwardParams& p) {
+  if (C.chained == 0 || p.columns.total == nullptr) return p.chunk;
+  const float key_tiles = static_cast<float>(p.program.batches * p.program.heads) *
+                          static_cast<float>(p.columns.outer_tiles);
+  const float steps = static_cast<float>(*p.columns.total) * p.group_heads / key_tiles;
+  const int wanted = static_cast<int>(p.blocks * (C.columns() / 128.0f) / fmaxf(steps, 1.0f));
+  return rules::min_of(rules::max_of(wanted, p.chunk), p.pairs);
+}
+
 // Items in this order: chunks of (batch, kv head) pairs one after the other, so that a chunk's Q,
 // dO and dQ stay in L2; inside a chunk the longest key tiles of all its pairs first. With chained
 // sums the last key tile comes first instead: under a causal mask a block's first row tile is then
 // one that nobody before it adds to, so hardly anything is waited for (with the first key tile
 // first, all blocks of a head would have to march at the same row).
 //
+// chunk: chunk_of<C>(p).
+//
 // With segments an item meets the row tiles of one: blocks that work side by side are then at rows
 // that fit L2, however few row tiles each of them meets.
 template <BackwardConfig C>
-__device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int index) {
+__device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int chunk, int index) {
   const int tiles = p.columns.outer_tiles;
-  const int before_tail = p.pairs - p.tail;  // whole chunks
-  const int first_pair = rules::min_of(index / (p.chunk * tiles) * p.chunk, before_tail);
-  const int pairs = first_pair < before_tail ? p.chunk : p.tail;
+  const int tail = C.chained != 0 ? p.pairs % chunk : p.tail;
+  const int before_tail = p.pairs - tail;  // whole chunks
+  const int first_pair = rules::min_of(index / (chunk * tiles) * chunk, before_tail);
+  const int pairs = first_pair < before_tail ? chunk : tail;
   const int rest = index - first_pair * tiles;
   const int rank = rest / pairs;
   int pair = first_pair + rest - rank * pairs;

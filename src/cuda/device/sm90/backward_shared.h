@@ -59,16 +59,15 @@ struct KeyRuns {
   int32_t ends[6][kKeys];
 };
 
-// Steps between the loading warp and the warpgroup that makes dQ: the loader is q_stages ahead of
-// the math warps, and they are slope_slots ahead of it, each give or take one.
+// Steps between the loading warp and those who make dQ and see to its turns: the loader is q_stages
+// ahead of the math warps, and they are slope_slots ahead of dQ, each give or take one.
 inline constexpr int kSentSlots = 8;
-inline constexpr int kTurnSlots = 2;  // turns that the waiting warp may be ahead
+inline constexpr int kTurnSlots = 2;  // steps whose turn has come and is not passed on
 
 // Numbered barriers: pairs of warpgroups meet, and one warpgroup by itself.
 inline constexpr int kSlopesBarrier = 1;   // wide: dS is in shared memory
 inline constexpr int kWeightsBarrier = 2;  // wide: P is
-inline constexpr int kTurnBarrier = 3;     // + part of dQ
-inline constexpr int kTensorBarrier = 5;   // + math warpgroup: its products are next
+inline constexpr int kTensorBarrier = 3;   // + math warpgroup: its products are next
 
 template <BackwardConfig C>
 struct BackwardShared {
@@ -105,15 +104,16 @@ struct BackwardShared {
   ptx::Barrier k_full[C.k_stages], k_empty[C.k_stages], v_full, v_empty;
   ptx::Barrier q_full[C.q_stages], q_empty[C.q_stages];
   ptx::Barrier out_grad_full[C.o_stages], out_grad_empty[C.o_stages];
-  ptx::Barrier sent_full[kSentSlots], turn_full[kTurnSlots], turn_empty[kTurnSlots];
+  ptx::Barrier sent_full[kSentSlots], turn_full[kTurnSlots], turn_used[kTurnSlots];
   ptx::Barrier slopes_full[kSlopeSlots], slopes_empty[kSlopeSlots], weights_empty;
   ptx::Barrier request_full[C.bit_slots], bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
 
   BackwardStep steps[C.q_stages];
-  BackwardStep sent[kSentSlots];  // the same again for the warpgroup that makes dQ: it comes later
+  BackwardStep sent[kSentSlots];  // the same again for who makes dQ or sees to turns, later
   BitRequest requests[C.bit_slots];
   BackwardItem items[kItemSlots];
+  int32_t chunk;  // chunk_of
 
   // Score options, hardly anything where a variant has none; last, so that nothing else moves.
   static constexpr bool kDrops = C.has(kDropout);
@@ -141,10 +141,10 @@ struct BackwardShared {
   static constexpr int kMathArrivals = kMathWarps * kBackwardWarpgroups;
   // Who reads K and the list of items: the warpgroup that makes dQ too.
   static constexpr int kAllArrivals = kMathArrivals + (C.has_query() ? kMathWarps : 0);
-  // Warp 0 of the producer warpgroup loads, the next one waits for turns if there are any, the
-  // others make bits.
-  static constexpr bool kWaitsForTurns = C.chained != 0 && C.wide == 0;
-  static constexpr int kFirstBitWarp = kWaitsForTurns ? 2 : 1;
+  // Warp 0 of the producer warpgroup loads, the next one sees to turns if there are any, the others
+  // make bits.
+  static constexpr bool kHasTurns = C.chained != 0;
+  static constexpr int kFirstBitWarp = kHasTurns ? 2 : 1;
   static constexpr int kKeyBitWarps = kMathWarps - kFirstBitWarp;
 
   static constexpr uint32_t kBitBytes = sizeof(bits[0]);
@@ -195,7 +195,7 @@ struct BackwardShared {
     for (int s = 0; s < kSentSlots; ++s) sent_full[s].init(1);
     for (int s = 0; s < kTurnSlots; ++s) {
       turn_full[s].init(1);
-      turn_empty[s].init(kMathWarps);
+      turn_used[s].init(C.wide != 0 ? kMathArrivals : kMathWarps);
     }
     for (int s = 0; s < C.slope_slots; ++s) {
       slopes_full[s].init(kMathArrivals);
@@ -209,7 +209,7 @@ struct BackwardShared {
     }
     for (int s = 0; s < kItemSlots; ++s) {
       item_full[s].init(1);
-      item_empty[s].init(kAllArrivals + (kWaitsForTurns ? 1 : 0));
+      item_empty[s].init(kAllArrivals + (kHasTurns ? 1 : 0));
     }
     ptx::fence_barrier_init();
   }

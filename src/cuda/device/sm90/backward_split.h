@@ -43,7 +43,7 @@ __device__ __forceinline__ void backward_split_kernel(const SplitParams& p) {
   static_assert(C.keys.threads() == C.rows.threads());
   static_assert(sizeof(BackwardShared<C.keys>) <= C.shared_bytes());
   static_assert(sizeof(RowPassShared<C.rows>) <= C.shared_bytes());
-  if (!p.keys.choice.splits()) return;
+  if (!p.keys.splits()) return;
   const int block = blockIdx.x, begin_rows = p.keys.blocks;
   const bool helps = block >= begin_rows + p.rows.blocks;
   BlockWork work = block < begin_rows ? BlockWork::kKeys : BlockWork::kRows;

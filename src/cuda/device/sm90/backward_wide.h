@@ -188,7 +188,7 @@ struct BackwardWide {
 
   // One row tile; its piece is issued. kMore: on return the next one's is.
   template <bool kMore>
-  __device__ __forceinline__ void one_step(const BackwardItem& item, QuerySums<C>& sums,
+  __device__ __forceinline__ void one_step(const BackwardItem& item, const QuerySums<C>& sums,
                                            float (&piece)[kPieceValues], float (&k_grad)[kPart / 2],
                                            float (&v_grad)[kPart / 2]) {
     const int q_slot = q_ring.slot, o_slot = o_ring.slot;
@@ -218,10 +218,12 @@ struct BackwardWide {
     ptx::pin(q_grad);
     if (w == 1) arrive(shared.weights_empty);
     arrive(shared.out_grad_empty[o_slot]);
-    sums.settle();
-    sums.await(step);
+    // Turns and tiles of Q go round together: no registers for another ring.
+    static_assert(C.q_stages == kTurnSlots);
+    if constexpr (C.chained != 0)
+      shared.turn_full[q_slot].wait(q_ring.parity ^ (q_slot == kTurnSlots - 1 ? 1 : 0));
     sums.add(step, item.batch, w, q_grad);
-    sums.finish(step);
+    if constexpr (C.chained != 0) arrive(shared.turn_used[q_slot]);
     if constexpr (kMore) {
       issue_piece(piece);
       ptx::wgmma_wait<1>();  // dK
@@ -240,7 +242,7 @@ struct BackwardWide {
     }
   }
 
-  __device__ __forceinline__ void all_steps(const BackwardItem& item, QuerySums<C>& sums,
+  __device__ __forceinline__ void all_steps(const BackwardItem& item, const QuerySums<C>& sums,
                                             float (&k_grad)[kPart / 2],
                                             float (&v_grad)[kPart / 2]) {
     float piece[kPieceValues];  // S, then P; or dP
@@ -253,7 +255,6 @@ struct BackwardWide {
     for (int t = 1; t < item.steps; ++t) one_step<true>(item, sums, piece, k_grad, v_grad);
     one_step<false>(item, sums, piece, k_grad, v_grad);
     if (w == 1) options.end_head();
-    sums.settle();
     arrive(shared.k_empty[0]);
     arrive(shared.v_empty);
   }
@@ -275,7 +276,7 @@ struct BackwardWide {
   // ---- the story --------------------------------------------------------------------------------
 
   __device__ __forceinline__ void run() {
-    QuerySums<C> sums{p, w, 32 * warp + lane};
+    const QuerySums<C> sums{p, 32 * warp + lane};
     Ring<kItemSlots> items;
 #pragma unroll 1
     for (;; items.next()) {
