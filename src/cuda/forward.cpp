@@ -137,8 +137,11 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   ForwardParams params{};
   params.recipe = recipe_of(*call.program);
   const bool half = call.q.dtype == DType::f16;
-  const int32_t features =
-      features_of(*call.scores) | (bounded_by_cap(*call.scores, half) ? kBounded : 0);
+  params.scores =
+      score_params(*call.scores, problem, call.scale, call.program->key_order != nullptr);
+  const int32_t features = features_of(*call.scores) |
+                           (bounded_by_cap(*call.scores, half) ? kBounded : 0) |
+                           (params.scores.bias_at_once == 8 ? kBiasTiles : 0);
   const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
                                        mask_path(params.recipe, call.rows), features);
   const DeviceScope scope(ordinal);
@@ -160,8 +163,6 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   constexpr double kLog2E = 1.4426950408889634;
   params.scale_log2 = static_cast<float>(score_factor(*call.scores, call.scale) * kLog2E);
   params.negate = call.scale < 0 && !(call.scores->softcap > 0) ? 1 : 0;
-  params.scores =
-      score_params(*call.scores, problem, call.scale, call.program->key_order != nullptr);
   params.pairs = static_cast<int32_t>(problem.batch * problem.q_heads);
   params.chunk = chunk_of(problem, gpu(ordinal).l2_bytes);
   const int64_t items = int64_t{params.pairs} * call.rows.outer_tiles;
@@ -194,11 +195,12 @@ std::vector<KernelConfig> forward_kernels() {
       }
       if (depth == 192) continue;
       const int32_t softcap = half ? kSoftcap : kSoftcap | kBounded;
-      for (const int32_t feature : {softcap, kKeyBias, kBias, kDropout}) {
+      for (const int32_t feature : {softcap, kKeyBias, kBias, kBias | kBiasTiles, kDropout}) {
         all.push_back(kernel_config(variant(depth, value_depth, half, MaskPath::kRuns, feature)));
       }
       // Biases of pairs come with dense masks more than with others.
-      all.push_back(kernel_config(variant(depth, value_depth, half, MaskPath::kBaked, kBias)));
+      all.push_back(
+          kernel_config(variant(depth, value_depth, half, MaskPath::kBaked, kBias | kBiasTiles)));
     }
   }
   return all;

@@ -76,9 +76,21 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
   const uint16_t* grad = static_cast<const uint16_t*>(p.grad) + batch * p.grad_batch_stride +
                          head * p.grad_head_stride;
   constexpr int kRowsAtOnce = kPrepareThreads / kPrepareLanes;
-  float sums[kBackwardRows / kRowsAtOnce];
+  constexpr int kRows = kBackwardRows / kRowsAtOnce;
+  const float infinity = __uint_as_float(0x7f800000u);
+  // Everything is read before anything is used: a block has one trip to memory to wait for.
+  const bool splits = p.splits();
+  float sums[kRows], lses[kRows], lse_grads[kRows];
 #pragma unroll
-  for (int i = 0; i < kBackwardRows / kRowsAtOnce; ++i) {
+  for (int i = 0; i < kRows; ++i) {
+    const int row = first_row + i * kRowsAtOnce + thread / kPrepareLanes;
+    const int64_t at = static_cast<int64_t>(head_index) * p.q_len + row;
+    const bool mine = part == 0 && row < p.q_len;
+    lses[i] = mine ? p.lse[at] : -infinity;
+    lse_grads[i] = mine && p.lse_grad != nullptr ? p.lse_grad[at] : 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
     const int row = first_row + i * kRowsAtOnce + thread / kPrepareLanes;
     sums[i] = 0.0f;
 #pragma unroll
@@ -90,7 +102,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     }
   }
 
-  if (p.splits()) {
+  if (splits) {
     // Nobody adds.
   } else if constexpr (C.chained == 0) {
     float4* q_sums = reinterpret_cast<float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth));
@@ -117,18 +129,15 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
 
   uint16_t* stats = p.stats + row_tile * (kBackwardRows * kRowStats);
 #pragma unroll
-  for (int i = 0; i < kBackwardRows / kRowsAtOnce; ++i) {
+  for (int i = 0; i < kRows; ++i) {
     float sum = sums[i];
 #pragma unroll
     for (int step = kPrepareLanes / 2; step > 0; step /= 2) sum += ptx::shuffle_xor(sum, step);
     const int in_tile = i * kRowsAtOnce + thread / kPrepareLanes;
     if (part != 0) continue;
-    const int row = first_row + in_tile;
-    const int64_t at = static_cast<int64_t>(head_index) * p.q_len + row;
-    const float infinity = __uint_as_float(0x7f800000u);
-    const float lse = row < p.q_len ? p.lse[at] : -infinity;
+    const float lse = lses[i];
     const bool sees = lse > -infinity;
-    if (sees && p.lse_grad != nullptr) sum -= p.lse_grad[at];
+    sum -= lse_grads[i];
     store_stats<C.half != 0>(p, stats + in_tile * kRowStats, sees, lse, sees ? sum : 0.0f);
     if constexpr (C.has(kRowNumbers)) {
       constexpr float kLog2E = 1.4426950408889634f;

@@ -40,7 +40,7 @@ struct MathWarp {
   StripBits<C> bits{shared, w, warp, lane, {}};
   float out[C.value_depth / 2];
   RowState rows;
-  PairBias<C.half != 0> bias;
+  PairBias<C.half != 0, C.has(kBiasTiles)> bias;
 
   // One arrival a warp.
   __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {

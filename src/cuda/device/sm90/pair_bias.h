@@ -7,8 +7,8 @@
 
 namespace anymask::cuda {
 
-// What a thread reads for its two rows of an item.
-template <bool kHalf>
+// What a thread reads for its two rows of an item. kTiles: of kBiasTiles.
+template <bool kHalf, bool kTiles>
 struct PairBias {
   const void* rows[2];   // where the number of key 0 is
   const int32_t* order;  // the keys at positions, or null
@@ -30,7 +30,7 @@ struct PairBias {
   __device__ __forceinline__ void read(const ForwardParams& p, int position,
                                        float (&to)[kCount]) const {
     const int left = p.kv_len - position;
-    if (p.scores.bias_at_once == 8) {
+    if constexpr (kTiles) {
       read_eights(left, position, to);
     } else if (p.scores.bias_at_once == 1) {
       const Numbers& bias = p.scores.bias;
