@@ -44,7 +44,7 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
     few.half = c.half;
     few.depth = c.depth;
     few.value_depth = c.value_depth;
-    few.chained = c.chained;
+    few.chained = c.chained != kUnchained ? kOrdered : kUnchained;
     few.wide = c.wide;
     if (row_numbers) few.features = kRowNumbers;
     c = few;
@@ -94,6 +94,15 @@ bool divides_items(const Problem& problem) {
          (few && row_tiles_of(problem.q_len) * group >= kLongItem);
 }
 
+// How the parts of dQ meet. Loose chains need no clearing and no converting: 8 to 11% of a pass at
+// head dimension 64. At 128 power is what bounds long runs, and they gain nothing (S = 1024 to 8192:
+// -4 to +5%).
+int32_t chained_by(const Problem& problem, bool deterministic, int32_t features) {
+  if (deterministic) return kOrdered;
+  const bool small = std::max(problem.head_dim, problem.v_head_dim) <= 64;
+  return small && features == 0 && !divides_items(problem) ? kLoose : kUnchained;
+}
+
 // Row tiles of a segment, where there are segments.
 int32_t segment_tiles(const Problem& problem, bool keys_reordered) {
   const auto row_tiles = static_cast<int32_t>(std::max<int64_t>(1, row_tiles_of(problem.q_len)));
@@ -123,7 +132,7 @@ struct Workspace {
                                                 key_tiles_of(problem.kv_len, c);
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
-    turns = take(c.chained != 0 ? row_tiles * 4 : 0);
+    turns = take(c.chained != kUnchained ? row_tiles * 4 : 0);
     next_item = take(kItemCounters * 4);
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
@@ -171,7 +180,7 @@ struct Chunks {
       size = tail = 1;
       return;
     }
-    const bool chained = config.chained != 0;
+    const bool chained = config.chained != kUnchained;
     const int64_t enough =
         chained ? 1
                 : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
@@ -250,7 +259,8 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
 }  // namespace
 
 plan::TileShape backward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
-  const BackwardConfig c = backward_variant(head_dim, v_head_dim, false, MaskPath::kRuns, false);
+  const BackwardConfig c =
+      backward_variant(head_dim, v_head_dim, false, MaskPath::kRuns, kUnchained);
   return {c.rows(), c.columns()};
 }
 
@@ -258,7 +268,8 @@ int64_t backward_workspace(const Problem& problem, bool deterministic, const Sco
   const ScoreGradients gradients(scores, problem);
   return Workspace(problem,
                    backward_variant(problem.head_dim, problem.v_head_dim, false, MaskPath::kRuns,
-                                    deterministic, gradients.features(), divides_items(problem)),
+                                    chained_by(problem, deterministic, gradients.features()),
+                                    gradients.features(), divides_items(problem)),
                    gradients)
       .bytes;
 }
@@ -280,9 +291,9 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   check_layout(call.dv, "dv");
 
   const bool half = call.q.dtype == DType::f16;
-  const bool chained = call.deterministic;
-  const MaskPath masks =
-      backward_masks(recipe_of(*call.program), call.columns, chained, gradients.features());
+  const int32_t chained = chained_by(problem, call.deterministic, gradients.features());
+  const MaskPath masks = backward_masks(recipe_of(*call.program), call.columns,
+                                        chained != kUnchained, gradients.features());
   const BackwardConfig config =
       backward_variant(problem.head_dim, problem.v_head_dim, half, masks, chained,
                        gradients.features(), divides_items(problem));
@@ -297,7 +308,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const KernelConfig split_config = splits ? backward_split_kernel(call, config) : KernelConfig{};
   const KernelConfig key_finish_config = kernel_config(kKeyFinish, config);
   load_together(
-      {&prepare_config, &main_config, chained ? nullptr : &finish_config,
+      {&prepare_config, &main_config, chained != kUnchained ? nullptr : &finish_config,
        splits ? &split_config : nullptr, config.adds_keys != 0 ? &key_finish_config : nullptr},
       ordinal);
   const Kernel& prepare = kernel(prepare_config, ordinal);
@@ -353,7 +364,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     launch(main, {static_cast<uint32_t>(params.blocks)}, stream, params);
     if (splits) backward_split(call, params, config, ordinal, stream);
   }
-  if (tiles > 0 && config.chained == 0) {
+  if (tiles > 0 && config.chained == kUnchained) {
     // As many blocks as run at a time: where they have nothing to do (params.splits()), one for
     // each row tile takes 11 us to say so.
     const auto blocks = static_cast<uint32_t>(std::min(tiles, 8 * gpu(ordinal).multiprocessors));
@@ -381,26 +392,28 @@ std::vector<KernelConfig> backward_kernels() {
   std::vector<KernelConfig> all;
   for (const auto& [depth, value_depth] : kShipped) {
     for (const bool half : {false, true}) {
-      for (const bool chained : {false, true}) {
+      for (const int32_t chained : {kUnchained, kOrdered, kLoose}) {
+        if (chained == kLoose && depth > 64) continue;
         for (const MaskPath masks :
              {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine, MaskPath::kBaked}) {
           all.push_back(
               kernel_config(kMain, backward_variant(depth, value_depth, half, masks, chained)));
-          if (chained || depth > 128) continue;
+          if (chained != kUnchained || depth > 128) continue;
           all.push_back(kernel_config(
-              kMain, backward_variant(depth, value_depth, half, masks, false, 0, true)));
+              kMain, backward_variant(depth, value_depth, half, masks, kUnchained, 0, true)));
           if (masks == MaskPath::kBaked) continue;
-          const BackwardConfig main = backward_variant(depth, value_depth, half, masks, false);
+          const BackwardConfig main = backward_variant(depth, value_depth, half, masks, kUnchained);
           for (const KernelConfig& apart : backward_split_kernels(main)) all.push_back(apart);
         }
+        if (chained == kLoose) continue;
         const BackwardConfig c =
             backward_variant(depth, value_depth, half, MaskPath::kRuns, chained);
         all.push_back(kernel_config(kPrepare, c));
         all.push_back(kernel_config(kPrepare, c, true));
-        if (!chained) all.push_back(kernel_config(kFinish, c));
-        if (!chained && depth <= 128) all.push_back(kernel_config(kKeyFinish, c));
+        if (chained == kUnchained) all.push_back(kernel_config(kFinish, c));
+        if (chained == kUnchained && depth <= 128) all.push_back(kernel_config(kKeyFinish, c));
         for (const int32_t features : kShippedFeatures) {
-          if (chained && features == (kSoftcap | kDropout)) continue;
+          if (chained == kOrdered && features == (kSoftcap | kDropout)) continue;
           if (depth > 128 && (features & kBiasTiles) != 0) continue;
           const auto variant = [&](bool divides) {
             return backward_variant(depth, value_depth, half, MaskPath::kRuns, chained, features,

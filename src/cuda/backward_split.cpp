@@ -23,7 +23,7 @@ constexpr int kMathRegisters = 232, kLoadRegisters = 40;
 // `main`: the variant that makes all gradients.
 constexpr BackwardConfig keys_variant(BackwardConfig main) {
   main.split = 1;
-  main.chained = 0;
+  main.chained = kUnchained;
   main.adds_keys = 0;
   main.slope_slots = 0;
   main.o_stages = 3;
@@ -99,7 +99,7 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
   const int64_t places = int64_t{call.program->batches} * call.program->heads;
   const int64_t key_tiles = places * map.outer_tiles;
   const int64_t few = key_tiles * kMostTiles;
-  if (config.chained == 0) return {map.total, few, 0};
+  if (config.chained != kOrdered) return {map.total, few, 0};
   // A row tile takes parts one after the other, each about a step after the one before, so a
   // chunk's chains take as long as its fullest row tile has parts, and its work 1 / blocks of its
   // tiles. That ratio is 1.3 at most for masks whose chains hardly wait (random_eviction) and 1.6

@@ -7,7 +7,7 @@ namespace {
 
 // docs/kernels/backward.md has the reasons.
 constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                 bool chained, int32_t features, bool divides) {
+                                 int32_t chained, int32_t features, bool divides) {
   BackwardConfig c{};
   c.half = half;
   c.chained = chained;
@@ -24,9 +24,9 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.depth = c.value_depth = 256;
     c.k_stages = 1;
     c.q_stages = 2;
-    c.math_registers = chained || features != 0 ? 232 : 224;
-    c.load_registers = chained || features != 0 ? 40 : 56;
-    if (chained && c.has(kSoftcap | kDropout)) {
+    c.math_registers = chained != kUnchained || features != 0 ? 232 : 224;
+    c.load_registers = chained != kUnchained || features != 0 ? 40 : 56;
+    if (chained != kUnchained && c.has(kSoftcap | kDropout)) {
       c.math_registers = 240;
       c.load_registers = 24;
     }
@@ -41,14 +41,14 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   c.q_stages = 3;
   // Chained, and with the gradients of a bias of pairs, an item has all query heads of a group;
   // with a softcap there are no registers for the other way.
-  c.adds_keys = divides && !chained && !c.has(kBias | kSoftcap);
+  c.adds_keys = divides && chained == kUnchained && !c.has(kBias | kSoftcap);
   const int total = c.depth + c.value_depth;
   c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
   c.query_registers = total == 256 ? 64 : total == 192 ? 80 : 96;
   c.load_registers = total == 256 ? 32 : total == 192 ? 80 : 96;
   if (features != 0) {
     c.math_registers = total == 256 ? 208 : total == 192 ? 192 : 184;
-    const bool crowded = chained && c.has(kSoftcap) && c.has(kBias);
+    const bool crowded = chained != kUnchained && c.has(kSoftcap) && c.has(kBias);
     c.query_registers = total == 256 && !crowded ? 64 : 72;
     c.load_registers = total == 256 ? (crowded ? 24 : 32) : total == 192 ? 56 : 72;
     if (c.has(kBiasTiles)) {  // biases take the other place of K, and of a tile of Q
@@ -71,7 +71,7 @@ constexpr bool variants_fit() {
         if (option >= 32 && (features & kBias) != 0 && std::max(depth, value_depth) <= 128) {
           features |= kBiasTiles;
         }
-        const bool chained = option % 2 != 0;
+        const int32_t chained = option % 2 != 0 ? kOrdered : kUnchained;
         const BackwardConfig c =
             variant(depth, value_depth, false, MaskPath::kRecipe, chained, features, false);
         // What the launch deals out in eights a thread is what the warpgroups can trade.
@@ -87,7 +87,7 @@ static_assert(variants_fit());
 }  // namespace
 
 BackwardConfig backward_variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                bool chained, int32_t features, bool divides) {
+                                int32_t chained, int32_t features, bool divides) {
   return variant(head_dim, v_head_dim, half, masks, chained, features, divides);
 }
 

@@ -11,7 +11,7 @@ inline constexpr int kBlockSharedBytes = 227 * 1024;
 // features: score options, kSoftcap and so on. divides: query heads and segments of rows are to be
 // items of their own, where that can be.
 BackwardConfig backward_variant(int64_t head_dim, int64_t v_head_dim, bool half, MaskPath masks,
-                                bool chained, int32_t features = 0, bool divides = false);
+                                int32_t chained, int32_t features = 0, bool divides = false);
 
 // How the main kernel comes by the bits of a column map's partial tiles.
 MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool chained,

@@ -28,8 +28,9 @@ def masks(b, h, m, n):
     }
 
 
-def on(device, tensors, mask, dout, deterministic):
+def on(device, tensors, mask, dout, deterministic, biases):
     leaves = [x.to(device, copy=True).requires_grad_() for x in tensors]
+    biases = {name: x.to(device, copy=True).requires_grad_() for name, x in biases.items()}
     mask = mask.to(device)
     plan = am.plan(
         mask, batch=leaves[0].shape[0], q_heads=leaves[0].shape[2], kv_heads=leaves[1].shape[2],
@@ -37,8 +38,9 @@ def on(device, tensors, mask, dout, deterministic):
         v_head_dim=leaves[2].shape[3], dtype=leaves[0].dtype, device=device,
     )  # fmt: skip
     out, lse = am.attention(
-        *leaves, plan=plan, return_lse=True, deterministic=deterministic
-    )  # fmt: skip
+        *leaves, plan=plan, return_lse=True, deterministic=deterministic, **biases
+    )
+    leaves += biases.values()
     return [x.cpu() for x in (out, lse, *torch.autograd.grad(out, leaves, dout.to(device)))]
 
 
@@ -56,15 +58,25 @@ def test_other_divisions_of_the_backward(dims):
     check((1, 2, 2, 2100, 470), dims, masks(1, 2, 2100, 470)["reordered"])
 
 
-def check(sizes, dims, mask):
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+@pytest.mark.parametrize("kv_len", [472, 470])  # rows of whole 16 bytes, and not
+@pytest.mark.parametrize("kind", ["runs", "reordered"])
+def test_biases(dims, kv_len, kind):
+    bias, key_bias = torch.randn(1, 2, 310, kv_len).bfloat16(), torch.randn(1, 2, kv_len).bfloat16()
+    mask = masks(1, 2, 310, kv_len)[kind]
+    check((1, 2, 1, 310, kv_len), dims, mask, bias=bias)
+    check((2, 2, 1, 310, kv_len), dims, am.causal(), bias=bias, key_bias=key_bias)
+
+
+def check(sizes, dims, mask, **biases):
     """Both passes, the backward deterministic too, beside the CPU's."""
     b, h, kv_heads, m, n = sizes
     dtype = torch.float16 if dims[0] == 72 else torch.bfloat16
     shapes = [(b, m, h, dims[0]), (b, n, kv_heads, dims[0]), (b, n, kv_heads, dims[1])]
     q, k, v, dout = (torch.randn(s).to(dtype) for s in (*shapes, (b, m, h, dims[1])))
-    expected = on(torch.device("cpu"), (q, k, v), mask, dout, False)
+    expected = on(torch.device("cpu"), (q, k, v), mask, dout, False, biases)
     for deterministic in (False, True):
-        found = on(DEVICE, (q, k, v), mask, dout, deterministic)
+        found = on(DEVICE, (q, k, v), mask, dout, deterministic, biases)
         for x, y in zip(found, expected):
             assert not x.isnan().any() and torch.equal(x.isinf(), y.isinf())
             x, y = (each.float().nan_to_num(neginf=0) for each in (x, y))

@@ -40,7 +40,7 @@ __device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first
     if (warp == 0) {
       backward_load<C>(p, shared, lane, first);
     } else if (warp < BackwardShared<C>::kFirstBitWarp) {
-      if (lane == 0) run_turns<C>(p, shared);
+      if (lane == 0) TurnKeeper<C>{p, shared}.run();
     } else if constexpr (C.makes_bits()) {
       make_key_bits<C>(p, shared, warp - BackwardShared<C>::kFirstBitWarp, lane);
     }

@@ -12,6 +12,11 @@ namespace anymask::cuda {
 inline constexpr int kBackwardRows = 64;
 inline constexpr int kBackwardWarpgroups = 2;  // that own keys, or (wide) parts of the depth
 
+// How the parts of a row tile of dQ meet. kUnchained: added in any order to sums that one kernel
+// clears and another converts. kOrdered: in the order of falling key tiles; the first stores, the
+// last converts. kLoose: so do these, but between them the order is any.
+inline constexpr int32_t kUnchained = 0, kOrdered = 1, kLoose = 2;
+
 // One variant. Integers only: the launcher hands them to the compiler as a list.
 struct BackwardConfig {
   int32_t half;         // 1: fp16, 0: bf16
@@ -23,11 +28,9 @@ struct BackwardConfig {
   int32_t q_stages;     // tiles of Q in shared memory
   int32_t o_stages;     // tiles of dO
   int32_t slope_slots;  // tiles of dS: what the warpgroup of dQ may be behind
-  int32_t chained;    // how the parts of a row tile of dQ meet. 0: added in any order to sums that
-                      // one kernel clears and another converts. 1: in a fixed order; the first
-                      // block stores, the last one converts
-  int32_t bit_slots;  // partial tiles whose bits, or keys whose runs, are in shared memory
-  int32_t mask_path;  // a MaskPath
+  int32_t chained;      // how the parts of a row tile of dQ meet: kUnchained and so on
+  int32_t bit_slots;    // partial tiles whose bits, or keys whose runs, are in shared memory
+  int32_t mask_path;    // a MaskPath
   int32_t math_registers;
   int32_t query_registers;  // of the warpgroup that makes dQ
   int32_t load_registers;

@@ -63,6 +63,7 @@ struct KeyRuns {
 // ahead of the math warps, and they are slope_slots ahead of dQ, each give or take one.
 inline constexpr int kSentSlots = 8;
 inline constexpr int kTurnSlots = 2;  // steps whose turn has come and is not passed on
+inline constexpr int kOwedTurns = 8;  // that are passed on together, where they can wait
 
 // Numbered barriers: pairs of warpgroups meet, and one warpgroup by itself.
 inline constexpr int kSlopesBarrier = 1;   // wide: dS is in shared memory
@@ -114,6 +115,7 @@ struct BackwardShared {
   BitRequest requests[C.bit_slots];
   BackwardItem items[kItemSlots];
   int32_t chunk;  // chunk_of
+  int32_t owed[kOwedTurns];
 
   // Score options, hardly anything where a variant has none; last, so that nothing else moves.
   static constexpr bool kDrops = C.has(kDropout);

@@ -17,51 +17,79 @@ struct Turn {
   int32_t slot;
   uint32_t parity;
   int32_t row_tile;
+  int32_t first;  // of the row tile's parts: others wait for it even where they have no order
 };
 
 // One thread of the producer warpgroup. That a part is added it sees through the step's barrier, so
 // its release covers what others of the block have added.
 template <BackwardConfig C>
-__device__ __forceinline__ void run_turns(const BackwardParams& p, BackwardShared<C>& shared) {
-  Ring<kItemSlots> items;
-  Ring<kSentSlots> sent_ring;
-  Ring<kTurnSlots> turn_ring;
-  for (;; items.next()) {
-    shared.item_full[items.slot].wait(items.parity);
-    const int steps = shared.items[items.slot].steps;
-    shared.item_empty[items.slot].arrive();
-    if (steps < 0) break;
-    Turn before = {0, 0, -1};
-    bool adding = false;  // the step before
-    const auto pass_on = [&] {
-      if (before.row_tile >= 0) ptx::add_release(p.turns + before.row_tile, 1);
-      adding = false;
-    };
-    const auto finish_before = [&] {
-      if (!adding) return;
-      shared.turn_used[before.slot].wait(before.parity);
-      pass_on();
-    };
-#pragma unroll 1
-    for (int t = 0; t < steps; ++t, sent_ring.next(), turn_ring.next()) {
-      shared.sent_full[sent_ring.slot].wait(sent_ring.parity);
-      const BackwardStep& step = shared.sent[sent_ring.slot];
-      const int row_tile = step.row_tile, turn = step.turn;
-      const bool last = step.last_head >= 0;
-      while (turn > 0 && ptx::load_acquire(p.turns + row_tile) < turn) {
-        if (adding && shared.turn_used[before.slot].test(before.parity)) {
-          pass_on();
-        } else {
-          __nanosleep(20);
-        }
-      }
-      shared.turn_full[turn_ring.slot].arrive();
-      finish_before();
-      before = {turn_ring.slot, turn_ring.parity, last ? -1 : row_tile};
-      adding = true;
-    }
-    finish_before();
+struct TurnKeeper {
+  const BackwardParams& p;
+  BackwardShared<C>& shared;
+  Turn before = {0, 0, -1, 0};  // of the step before
+  bool adding = false;          // its part is not known to be added
+  int owed = 0;  // loose: row tiles in shared.owed whose turns are still to be passed on
+
+  __device__ __forceinline__ void pass_on() {
+    if (owed == 0) return;
+    ptx::fence_release();
+    for (int i = 0; i < owed; ++i) ptx::add_relaxed(p.turns + shared.owed[i], 1);
+    owed = 0;
   }
-}
+
+  // The step before has added. Loose, only a row tile's last part waits for more than the first, so
+  // that a fence, during which nobody of the block adds, can be for several turns.
+  __device__ __forceinline__ void note_added() {
+    adding = false;
+    if (before.row_tile < 0) return;
+    if constexpr (C.chained == kOrdered) {
+      ptx::add_release(p.turns + before.row_tile, 1);
+    } else {
+      shared.owed[owed++] = before.row_tile;
+      if (before.first != 0 || owed == kOwedTurns) pass_on();
+    }
+  }
+
+  __device__ __forceinline__ void finish_before() {
+    if (!adding) return;
+    shared.turn_used[before.slot].wait(before.parity);
+    note_added();
+  }
+
+  // Until `count` parts are there.
+  __device__ __forceinline__ void await(int row_tile, int count) {
+    while (count > 0 && ptx::load_acquire(p.turns + row_tile) < count) {
+      if (adding && shared.turn_used[before.slot].test(before.parity)) note_added();
+      pass_on();
+      __nanosleep(20);
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    Ring<kItemSlots> items;
+    Ring<kSentSlots> sent_ring;
+    Ring<kTurnSlots> turn_ring;
+    for (;; items.next()) {
+      shared.item_full[items.slot].wait(items.parity);
+      const int steps = shared.items[items.slot].steps;
+      shared.item_empty[items.slot].arrive();
+      if (steps < 0) break;
+#pragma unroll 1
+      for (int t = 0; t < steps; ++t, sent_ring.next(), turn_ring.next()) {
+        shared.sent_full[sent_ring.slot].wait(sent_ring.parity);
+        const BackwardStep& step = shared.sent[sent_ring.slot];
+        const int row_tile = step.row_tile, turn = step.turn;
+        const bool last = step.last_head >= 0;
+        await(row_tile, C.chained == kOrdered || last ? turn : rules::min_of(turn, 1));
+        shared.turn_full[turn_ring.slot].arrive();
+        finish_before();
+        before = {turn_ring.slot, turn_ring.parity, last ? -1 : row_tile, turn == 0};
+        adding = true;
+      }
+      finish_before();
+      pass_on();
+    }
+  }
+};
 
 }  // namespace anymask::cuda
