@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import reference
 from anymask.benchmark_masks import benchmark_mask
-from problem import ON_GPU, assert_same, check, gradient_of, inputs, run
+from problem import DEVICE, ON_GPU, assert_same, check, gradient_of, inputs, run
 
 BATCH, HEADS, LENGTH = (3, 16, 1500) if ON_GPU else (1, 2, 200)
 DIMS = [(64, 64), (128, 128), (256, 256)]
@@ -38,6 +38,7 @@ def test_turns_have_one_order(dims):
     q, k, v = inputs(BATCH, LENGTH, heads=(HEADS, HEADS), dims=dims)
     dout = gradient_of(q, v)
     for mask, _ in masks(LENGTH):
+        mask = mask.to(DEVICE)
         first = run(q, k, v, mask, dout=dout, deterministic=True)
         for _ in range(10 if ON_GPU else 2):
             assert_same(run(q, k, v, mask, dout=dout, deterministic=True), first)
