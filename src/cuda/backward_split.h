@@ -12,8 +12,8 @@ namespace anymask::cuda {
 // Whether a call may come to it; `config`: the main kernel's variant.
 bool may_split(const Problem& problem, const BackwardConfig& config);
 
-// When it does. chunk: (batch, kv head) pairs whose chains of sums run side by side; fits: whether L2
-// holds Q, dO and the sums of two.
+// When it does. chunk: (batch, kv head) pairs whose chains of sums run side by side; fits: whether
+// L2 holds Q, dO and the sums of two.
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config, int64_t chunk,
                          bool fits);
 

@@ -1,9 +1,9 @@
-// Chained sums: the parts of a row tile of dQ are added in the order of falling key tiles. A thread
-// of its own waits for a step's turn and passes it on when the step's part is there for all blocks,
-// so that whoever makes dQ waits for neither trip to memory. (Passed on by those who add, and only
-// when they come to the next part, since a fence holds them up for half a step, a turn took two
-// steps and more from block to block: under a full mask, where all key tiles of a head march
-// through the same rows, blocks then waited a fifth of their time.)
+// Chained sums: who may add a part to a row tile of dQ. Key tiles take turns, the last one first. A
+// thread of its own waits for a step's turn and passes it on when the step's part is there for all
+// blocks, so that whoever makes dQ waits for neither trip to memory. (Passed on by those who add,
+// and only when they come to the next part, since a fence holds them up for half a step, a turn
+// took two steps and more from block to block: under a full mask, where all key tiles of a head
+// march through the same rows, blocks then waited a fifth of their time.)
 #pragma once
 
 #include "cuda/device/ptx/bulk.h"
