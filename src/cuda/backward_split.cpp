@@ -90,8 +90,8 @@ bool may_split(const Problem& problem, const BackwardConfig& config) {
          problem.batch * problem.q_heads * problem.q_len >= kLeastRows;
 }
 
-SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config, int64_t chunk,
-                         bool fits) {
+SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
+                         const Chunks& chunks) {
   // Row tiles that a key tile meets, in the mean. On an H100 S = 1024 takes 1.33 to 1.38 times as
   // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
   constexpr int64_t kMostTiles = 12;
@@ -107,12 +107,12 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
   constexpr double kMostRatio = 1.55, kBlocks = 132;
   const int64_t group = call.q.shape[2] / call.k.shape[2];
   const auto crowding = static_cast<int64_t>(kBlocks / kMostRatio * static_cast<double>(places) /
-                                             static_cast<double>(chunk * group));
+                                             static_cast<double>(chunks.size * group));
   // The query heads of a group are one after the other in an item, and unless a mask is nearly full
   // blocks are at different ones. Where these do not fit L2, causal takes 1.12 times as long
   // unsplit (full 0.89).
   constexpr double kMostShare = 0.6;
-  if (group == 1 || fits) return {map.total, few, crowding};
+  if (group == 1 || chunks.two_fit) return {map.total, few, crowding};
   const auto most =
       static_cast<int64_t>(kMostShare * static_cast<double>(key_tiles) * map.inner_tiles);
   return {map.total, std::max(few, most), crowding};

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cuda/backward.h"
+#include "cuda/backward_work.h"
 #include "cuda/device/sm90/backward_config.h"
 
 namespace anymask::cuda {
@@ -12,10 +13,9 @@ namespace anymask::cuda {
 // Whether a call may come to it; `config`: the main kernel's variant.
 bool may_split(const Problem& problem, const BackwardConfig& config);
 
-// When it does. chunk: (batch, kv head) pairs whose chains of sums run side by side; fits: whether
-// L2 holds Q, dO and the sums of two.
-SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config, int64_t chunk,
-                         bool fits);
+// When it does. chunks: of pairs whose chains of sums run side by side.
+SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
+                         const Chunks& chunks);
 
 // The variant for a call.
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config);
