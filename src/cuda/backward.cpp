@@ -45,7 +45,7 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
     few.half = c.half;
     few.depth = c.depth;
     few.value_depth = c.value_depth;
-    few.chained = c.chained != kUnchained ? kOrdered : kUnchained;
+    few.chained = c.has_turns() ? kOrdered : kUnchained;
     few.wide = c.wide;
     if (row_numbers) few.features = kRowNumbers;
     c = few;
@@ -82,7 +82,7 @@ struct Workspace {
                                                 key_tiles_of(problem.kv_len, c);
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
-    turns = take(c.chained != kUnchained ? row_tiles * 4 : 0);
+    turns = take(c.has_turns() ? row_tiles * 4 : 0);
     next_item = take(kItemCounters * 4);
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
@@ -226,7 +226,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const KernelConfig split_config = splits ? backward_split_kernel(call, config) : KernelConfig{};
   const KernelConfig key_finish_config = kernel_config(kKeyFinish, config);
   load_together(
-      {&prepare_config, &main_config, chained != kUnchained ? nullptr : &finish_config,
+      {&prepare_config, &main_config, config.has_turns() ? nullptr : &finish_config,
        splits ? &split_config : nullptr, config.adds_keys != 0 ? &key_finish_config : nullptr},
       ordinal);
   const Kernel& prepare = kernel(prepare_config, ordinal);
@@ -245,10 +245,12 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   params.key_sums = reinterpret_cast<float*>(workspace + layout.key_sums);
   gradients.set(params, reinterpret_cast<float*>(workspace + layout.pair_sums), call.scale,
                 call.program->key_order != nullptr);
+  const auto chunks_of = [&](int64_t pairs) {
+    return Chunks(problem, config, gpu(ordinal), pairs, call.columns.outer_tiles, params.segments);
+  };
   if (splits) {
-    const Chunks chunks(problem, config, gpu(ordinal), problem.batch * problem.kv_heads,
-                        call.columns.outer_tiles, params.segments);
-    params.choice = split_choice(call, config, chunks);
+    const Chunks chunks = chunks_of(problem.batch * problem.kv_heads);
+    params.choice = split_choice(call, config, chunks, gpu(ordinal));
     params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
   }
   const auto clear = [&](void* from, int64_t bytes) {
@@ -269,7 +271,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     const int64_t key_tiles = call.columns.outer_tiles;
     const int64_t pairs =
         config.adds_keys != 0 ? problem.batch * problem.q_heads * params.segments : round.count;
-    const Chunks chunks(problem, config, gpu(ordinal), pairs, key_tiles, params.segments);
+    const Chunks chunks = chunks_of(pairs);
     params.chunk = static_cast<int32_t>(chunks.size);
     params.tail = static_cast<int32_t>(chunks.tail);
     params.pairs = static_cast<int32_t>(pairs);
@@ -282,7 +284,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     launch(main, {static_cast<uint32_t>(params.blocks)}, stream, params);
     if (splits) backward_split(call, params, config, ordinal, stream);
   }
-  if (tiles > 0 && config.chained == kUnchained) {
+  if (tiles > 0 && !config.has_turns()) {
     // As many blocks as run at a time: where they have nothing to do (params.splits()), one for
     // each row tile takes 11 us to say so.
     const auto blocks = static_cast<uint32_t>(std::min(tiles, 8 * gpu(ordinal).multiprocessors));

@@ -91,7 +91,7 @@ bool may_split(const Problem& problem, const BackwardConfig& config) {
 }
 
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
-                         const Chunks& chunks) {
+                         const Chunks& chunks, const Gpu& gpu) {
   // Row tiles that a key tile meets, in the mean. On an H100 S = 1024 takes 1.33 to 1.38 times as
   // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
   constexpr int64_t kMostTiles = 12;
@@ -102,12 +102,14 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
   if (config.chained != kOrdered) return {map.total, few, 0};
   // A row tile takes parts one after the other, each about a step after the one before, so a
   // chunk's chains take as long as its fullest row tile has parts, and its work 1 / blocks of its
-  // tiles. That ratio is 1.3 at most for masks whose chains hardly wait (random_eviction) and 1.6
-  // where all key tiles meet the same few rows (causal_blockwise, 2 times as fast split).
-  constexpr double kMostRatio = 1.55, kBlocks = 132;
+  // tiles. That ratio is at most 1.5 for masks whose chains hardly wait (prefix_lm_document,
+  // random_eviction) and 1.7 where all key tiles meet the same few rows (causal_blockwise, 1.4
+  // times as fast split).
+  constexpr double kMostRatio = 1.55;
   const int64_t group = call.q.shape[2] / call.k.shape[2];
-  const auto crowding = static_cast<int64_t>(kBlocks / kMostRatio * static_cast<double>(places) /
-                                             static_cast<double>(chunks.size * group));
+  const auto crowding =
+      static_cast<int64_t>(gpu.multiprocessors / kMostRatio * static_cast<double>(places) /
+                           static_cast<double>(chunks.size * group));
   // The query heads of a group are one after the other in an item, and unless a mask is nearly full
   // blocks are at different ones. Where these do not fit L2, causal takes 1.12 times as long
   // unsplit (full 0.89).

@@ -13,9 +13,9 @@ namespace anymask::cuda {
 // Whether a call may come to it; `config`: the main kernel's variant.
 bool may_split(const Problem& problem, const BackwardConfig& config);
 
-// When it does. chunks: of pairs whose chains of sums run side by side.
+// When it does. chunks: of pairs whose chains of sums run side by side on `gpu`.
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
-                         const Chunks& chunks);
+                         const Chunks& chunks, const Gpu& gpu);
 
 // The variant for a call.
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config);

@@ -24,9 +24,9 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
     c.depth = c.value_depth = 256;
     c.k_stages = 1;
     c.q_stages = 2;
-    c.math_registers = chained != kUnchained || features != 0 ? 232 : 224;
-    c.load_registers = chained != kUnchained || features != 0 ? 40 : 56;
-    if (chained != kUnchained && c.has(kSoftcap | kDropout)) {
+    c.math_registers = c.has_turns() || features != 0 ? 232 : 224;
+    c.load_registers = c.has_turns() || features != 0 ? 40 : 56;
+    if (c.has_turns() && c.has(kSoftcap | kDropout)) {
       c.math_registers = 240;
       c.load_registers = 24;
     }
@@ -41,14 +41,15 @@ constexpr BackwardConfig variant(int64_t head_dim, int64_t v_head_dim, bool half
   c.q_stages = 3;
   // Chained, and with the gradients of a bias of pairs, an item has all query heads of a group;
   // with a softcap there are no registers for the other way.
-  c.adds_keys = divides && chained == kUnchained && !c.has(kBias | kSoftcap);
+  c.adds_keys = divides && !c.has_turns() && !c.has(kBias | kSoftcap);
   const int total = c.depth + c.value_depth;
   c.math_registers = total == 256 ? 208 : total == 192 ? 176 : 160;
   c.query_registers = total == 256 ? 64 : total == 192 ? 80 : 96;
   c.load_registers = total == 256 ? 32 : total == 192 ? 80 : 96;
   if (features != 0) {
     c.math_registers = total == 256 ? 208 : total == 192 ? 192 : 184;
-    const bool crowded = chained != kUnchained && c.has(kSoftcap) && c.has(kBias);
+    // With 64 the warpgroup of dQ would keep ten accesses to local memory in its loop.
+    const bool crowded = c.has_turns() && c.has(kSoftcap) && c.has(kBias);
     c.query_registers = total == 256 && !crowded ? 64 : 72;
     c.load_registers = total == 256 ? (crowded ? 24 : 32) : total == 192 ? 56 : 72;
     if (c.has(kBiasTiles)) {  // biases take the other place of K, and of a tile of Q
@@ -91,11 +92,11 @@ BackwardConfig backward_variant(int64_t head_dim, int64_t v_head_dim, bool half,
   return variant(head_dim, v_head_dim, half, masks, chained, features, divides);
 }
 
-MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool chained,
+MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool has_turns,
                         int32_t features) {
   const MaskPath masks = mask_path(recipe, columns);
   if (masks != MaskPath::kRecipe) return masks;
-  if (recipe.ids >= 0) return ids_by_recipe(chained, features) ? masks : MaskPath::kMachine;
+  if (recipe.ids >= 0) return ids_by_recipe(has_turns, features) ? masks : MaskPath::kMachine;
   // Runs with holes are handed over too here.
   return recipe.bits < 0 ? MaskPath::kRuns : masks;
 }

@@ -14,7 +14,7 @@ BackwardConfig backward_variant(int64_t head_dim, int64_t v_head_dim, bool half,
                                 int32_t chained, int32_t features = 0, bool divides = false);
 
 // How the main kernel comes by the bits of a column map's partial tiles.
-MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool chained,
+MaskPath backward_masks(const RunRecipe& recipe, const plan::TileMap& columns, bool has_turns,
                         int32_t features);
 
 }  // namespace anymask::cuda

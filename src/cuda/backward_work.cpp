@@ -83,9 +83,10 @@ Chunks::Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& 
     size = tail = 1;
     return;
   }
-  const bool chained = config.chained != kUnchained;
   const int64_t enough =
-      chained ? 1 : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
+      config.has_turns()
+          ? 1
+          : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
   size = gpu.l2_bytes * 2 / 5 / std::max<int64_t>(1, bytes);
   if (group > 1) size = std::max(size, enough);
   size = std::clamp<int64_t>(size, 1, pairs);

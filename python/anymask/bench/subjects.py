@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import abc
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ class Unsupported(RuntimeError):
     """A peer that has no way to compute this case: no figure, and no failure either."""
 
 
-class Subject:
+class Subject(abc.ABC):
     """One way to compute a case. `leaves` are its q, k, v, laid out as it likes best."""
 
     name = ""
@@ -37,9 +38,9 @@ class Subject:
         """Between this subject's layout and [batch, length, heads, head_dim], either way."""
         return tensor.transpose(1, 2) if self.head_first and tensor.dim() == 4 else tensor
 
+    @abc.abstractmethod
     def forward(self) -> dict[str, Tensor]:
         """out, in this subject's layout, and lse where it tells it."""
-        raise NotImplementedError
 
     @property
     def make_plan(self) -> Callable[[], Any] | None:

@@ -130,7 +130,7 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
             word = rules::column_word(p.program, request.place, position, row);
           }
         }
-        if constexpr (C.masks() == MaskPath::kRecipe && ids_by_recipe(C.chained, C.features)) {
+        if constexpr (C.masks() == MaskPath::kRecipe && ids_by_recipe(C.has_turns(), C.features)) {
           if (p.recipe.ids >= 0 && row < p.q_len) {
             word &= word_of_ids(p, request.place, position, exists, row, lane);
           }

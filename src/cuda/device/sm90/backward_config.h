@@ -56,6 +56,8 @@ struct BackwardConfig {
     if (puts_aside_in_registers()) return 0;
     return wide != 0 || pieces == 0 ? pieces : pieces - 1;
   }
+  // Whether parts of dQ meet in chains, whose turns a thread of its own sees to.
+  constexpr bool has_turns() const { return chained != kUnchained; }
   // Whether a warpgroup of its own makes dQ.
   constexpr bool has_query() const { return wide == 0 && split == 0; }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
@@ -106,8 +108,8 @@ inline constexpr int kBiasTileSums = kBackwardRows * 128;
 
 // Whether a recipe's ids have code of their own. Beside dropout's pattern and the waiting for turns
 // there are no registers for it.
-constexpr bool ids_by_recipe(bool chained, int32_t features) {
-  return !(chained && (features & kDropout) != 0);
+constexpr bool ids_by_recipe(bool has_turns, int32_t features) {
+  return !(has_turns && (features & kDropout) != 0);
 }
 
 // Of prepare: it leaves the rows' numbers in float32 too.
@@ -198,8 +200,6 @@ struct BackwardParams {
   SplitChoice choice;
   plan::TileMap columns;  // outer: key tiles
   plan::TileMap rows;     // outer: row tiles; chained only
-
-  bool splits() const { return choice.splits(rows); }
   RunRecipe recipe;
   rules::Program program;
 
@@ -213,6 +213,9 @@ struct BackwardParams {
   // With a bias of pairs, the launch's pairs are first_pair + i * pair_step.
   int32_t first_pair;
   int32_t pair_step;
+
+  // Whether dQ is made apart from dK and dV.
+  bool splits() const { return choice.splits(rows); }
 };
 
 // What is known of a query row in float32: lse times log2(e), +infinity for rows that see nothing

@@ -104,7 +104,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
 
   if (splits) {
     // Nobody adds.
-  } else if constexpr (C.chained == 0) {
+  } else if constexpr (!C.has_turns()) {
     float4* q_sums = reinterpret_cast<float4*>(p.q_sums + row_tile * (kBackwardRows * C.depth));
 #pragma unroll
     for (int i = 0; i < kBackwardRows * C.depth / 4; i += kPrepareThreads) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
       }
     }
   }
-  if (C.chained != 0 && thread == 0) p.turns[row_tile] = 0;
+  if (C.has_turns() && thread == 0) p.turns[row_tile] = 0;
   if (row_tile == 0 && thread < kItemCounters) p.next_item[thread] = 0;
 
   uint16_t* stats = p.stats + row_tile * (kBackwardRows * kRowStats);

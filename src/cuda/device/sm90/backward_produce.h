@@ -96,7 +96,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     // and not begun holds up all that come after it in the order of sums: claimed when it is
     // needed.
     int claimed = 0;
-    if (C.chained == 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
+    if (!C.has_turns() && lane == 0) claimed = atomicAdd(p.next_item, 1);
 
     bool first = true;
 #pragma unroll 1
@@ -133,8 +133,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
             shared.step_places[q_ring.slot] = {head, item.batch, item.key_tile, begins};
             begins = 0;
           }
-          if constexpr (C.has_query() || Shared::kHasTurns) shared.sent[sent_ring.slot] = step;
-          if constexpr (Shared::kHasTurns) shared.sent_full[sent_ring.slot].arrive();
+          if constexpr (C.has_query() || C.has_turns()) shared.sent[sent_ring.slot] = step;
+          if constexpr (C.has_turns()) shared.sent_full[sent_ring.slot].arrive();
           full.arrive_expect(Shared::kQBytes);
 #pragma unroll
           for (int slab = 0; slab < Shared::kSlabs; ++slab) {
@@ -180,7 +180,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         if constexpr (C.k_stages == 1) load_k(item);
       };
       Span late = {0, 0};
-      if constexpr (C.chained != 0) {
+      if constexpr (C.has_turns()) {
         const rules::Place place = mask_place(p, item.batch, head);
         late = late_row_tiles(p.columns, map_row(p, p.columns, place, item.key_tile), lane);
       }
@@ -189,9 +189,9 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         span = {item.first_tile, rules::min_of(item.first_tile + p.segment_tiles, p.row_tiles)};
       }
       for_each_row_tile<C>(p, item, head, span, lane, visit);
-      if constexpr (C.chained != 0) for_each_row_tile<C>(p, item, head, late, lane, visit);
+      if constexpr (C.has_turns()) for_each_row_tile<C>(p, item, head, late, lane, visit);
     }
-    if (C.chained != 0 && lane == 0) claimed = atomicAdd(p.next_item, 1);
+    if (C.has_turns() && lane == 0) claimed = atomicAdd(p.next_item, 1);
     index = p.blocks + __shfl_sync(0xffffffffu, claimed, 0);
     items.next();
   }

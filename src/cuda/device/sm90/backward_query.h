@@ -47,9 +47,9 @@ struct BackwardQuery {
     shared.slopes_full[slot].wait(done / C.slope_slots & 1);
     const BackwardStep& sent = shared.sent[done % kSentSlots];
     const BackwardStep step = {ptx::uniform(sent.row_tile),
-                               C.chained != 0 ? ptx::uniform(sent.first_row) : 0, 0,
-                               C.chained != 0 ? ptx::uniform(sent.turn) : 0,
-                               C.chained != 0 ? ptx::uniform(sent.last_head + 1) - 1 : -1};
+                               C.has_turns() ? ptx::uniform(sent.first_row) : 0, 0,
+                               C.has_turns() ? ptx::uniform(sent.turn) : 0,
+                               C.has_turns() ? ptx::uniform(sent.last_head + 1) - 1 : -1};
     const uint32_t a = ptx::lower_mn_major(shared.slopes[slot], kKeySlabBytes);
 #pragma unroll 1
     for (int part = 0; part < C.parts(); ++part) {
@@ -58,12 +58,12 @@ struct BackwardQuery {
       ptx::wgmma_wait<0>();
       ptx::pin(q_grad);
       if (part == C.parts() - 1) arrive(shared.slopes_empty[slot]);
-      if (C.chained != 0 && part == 0) {
+      if (C.has_turns() && part == 0) {
         shared.turn_full[done % kTurnSlots].wait(done / kTurnSlots & 1);
       }
       sums.add(step, item.batch, part, q_grad);
     }
-    if constexpr (C.chained != 0) arrive(shared.turn_used[done % kTurnSlots]);
+    if constexpr (C.has_turns()) arrive(shared.turn_used[done % kTurnSlots]);
     ++done;
   }
 

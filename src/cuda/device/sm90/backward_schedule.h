@@ -29,7 +29,7 @@ __device__ __forceinline__ int heads_of_item(const BackwardParams& p) {
 // than fill L2 have to run side by side to give all blocks work.
 template <BackwardConfig C>
 __device__ __forceinline__ int chunk_of(const BackwardParams& p) {
-  if (C.chained == 0 || p.columns.total == nullptr) return p.chunk;
+  if (!C.has_turns() || p.columns.total == nullptr) return p.chunk;
   const float key_tiles = static_cast<float>(p.program.batches * p.program.heads) *
                           static_cast<float>(p.columns.outer_tiles);
   const float steps = static_cast<float>(*p.columns.total) * p.group_heads / key_tiles;
@@ -50,7 +50,7 @@ __device__ __forceinline__ int chunk_of(const BackwardParams& p) {
 template <BackwardConfig C>
 __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int chunk, int index) {
   const int tiles = p.columns.outer_tiles;
-  const int tail = C.chained != 0 ? p.pairs % chunk : p.tail;
+  const int tail = C.has_turns() ? p.pairs % chunk : p.tail;
   const int before_tail = p.pairs - tail;  // whole chunks
   const int first_pair = rules::min_of(index / (chunk * tiles) * chunk, before_tail);
   const int pairs = first_pair < before_tail ? chunk : tail;
@@ -77,7 +77,7 @@ __device__ __forceinline__ BackwardItem item_at(const BackwardParams& p, int chu
     }
     item.first_head = item.kv_head * p.group_heads;
   }
-  if constexpr (C.chained != 0) {
+  if constexpr (C.has_turns()) {
     item.key_tile = tiles - 1 - rank;
   } else {
     item.key_tile =
@@ -179,13 +179,13 @@ __device__ __forceinline__ void for_each_row_tile(const BackwardParams& p, const
       const uint32_t partial = __shfl_sync(kAll, my_hidden, owner);
       RowTile mine = {(base + owner) * 32 + lane, 0, 0, false};
       // For 32 row tiles at once: one after the other would cost a trip to memory each.
-      if (C.chained != 0 && (tiles >> lane & 1) != 0) find_turn(p, place, item.key_tile, mine);
+      if (C.has_turns() && (tiles >> lane & 1) != 0) find_turn(p, place, item.key_tile, mine);
 #pragma unroll 1
       while (tiles != 0) {
         const int bit = __ffs(tiles) - 1;
         tiles &= tiles - 1;
         RowTile one = {(base + owner) * 32 + bit, (partial >> bit) & 1, 0, false};
-        if constexpr (C.chained != 0) {
+        if constexpr (C.has_turns()) {
           one.turn = __shfl_sync(kAll, mine.turn, bit);
           one.last = __shfl_sync(kAll, static_cast<int>(mine.last), bit) != 0;
         }

@@ -145,8 +145,7 @@ struct BackwardShared {
   static constexpr int kAllArrivals = kMathArrivals + (C.has_query() ? kMathWarps : 0);
   // Warp 0 of the producer warpgroup loads, the next one sees to turns if there are any, the others
   // make bits.
-  static constexpr bool kHasTurns = C.chained != 0;
-  static constexpr int kFirstBitWarp = kHasTurns ? 2 : 1;
+  static constexpr int kFirstBitWarp = C.has_turns() ? 2 : 1;
   static constexpr int kKeyBitWarps = kMathWarps - kFirstBitWarp;
 
   static constexpr uint32_t kBitBytes = sizeof(bits[0]);
@@ -211,7 +210,7 @@ struct BackwardShared {
     }
     for (int s = 0; s < kItemSlots; ++s) {
       item_full[s].init(1);
-      item_empty[s].init(kAllArrivals + (kHasTurns ? 1 : 0));
+      item_empty[s].init(kAllArrivals + (C.has_turns() ? 1 : 0));
     }
     ptx::fence_barrier_init();
   }

@@ -20,9 +20,9 @@ struct QuerySums {
   template <int kCount>
   __device__ __forceinline__ void add(const BackwardStep& step, int batch, int part,
                                       float (&values)[kCount]) const {
-    if (C.chained != 0 && step.last_head >= 0) return write(step, batch, part, values);
+    if (C.has_turns() && step.last_head >= 0) return write(step, batch, part, values);
     float* to = sums_of(step, part);
-    if (C.chained != 0 && step.turn == 0) {  // so that nobody has to clear the sums before
+    if (C.has_turns() && step.turn == 0) {  // so that nobody has to clear the sums before
 #pragma unroll
       for (int i = 0; i < kFloats / 512; ++i) {
         *reinterpret_cast<float4*>(to + 512 * i) = {values[4 * i], values[4 * i + 1],

@@ -195,7 +195,7 @@ struct BackwardWide {
     const BackwardStep& read = shared.steps[q_slot];
     const BackwardStep step = {ptx::uniform(read.row_tile), read.first_row,
                                ptx::uniform(read.partial), read.turn,
-                               C.chained != 0 ? ptx::uniform(read.last_head + 1) - 1 : -1};
+                               C.has_turns() ? ptx::uniform(read.last_head + 1) - 1 : -1};
     q_ring.next();
     o_ring.next();
 
@@ -220,10 +220,10 @@ struct BackwardWide {
     arrive(shared.out_grad_empty[o_slot]);
     // Turns and tiles of Q go round together: no registers for another ring.
     static_assert(C.q_stages == kTurnSlots);
-    if constexpr (C.chained != 0)
+    if constexpr (C.has_turns())
       shared.turn_full[q_slot].wait(q_ring.parity ^ (q_slot == kTurnSlots - 1 ? 1 : 0));
     sums.add(step, item.batch, w, q_grad);
-    if constexpr (C.chained != 0) arrive(shared.turn_used[q_slot]);
+    if constexpr (C.has_turns()) arrive(shared.turn_used[q_slot]);
     if constexpr (kMore) {
       issue_piece(piece);
       ptx::wgmma_wait<1>();  // dK
