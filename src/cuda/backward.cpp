@@ -55,8 +55,8 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
   config.values = {c.half,      c.depth,          c.value_depth,     c.wide,           c.k_stages,
                    c.q_stages,  c.o_stages,       c.slope_slots,     c.chained,        c.bit_slots,
                    c.mask_path, c.math_registers, c.query_registers, c.load_registers, c.adds_keys,
-                   c.features,  c.split};
-  config.count = 17;
+                   c.features};
+  config.count = 16;
   config.threads = &family == &kKeyFinish ? 256
                    : &family == &kFinish  ? 128 * c.parts()
                    : main                 ? c.threads()
@@ -64,7 +64,7 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
   config.shared_bytes = main ? c.shared_bytes() : 0;
   return config;
 }
-static_assert(sizeof(BackwardConfig) == 17 * sizeof(int32_t));
+static_assert(sizeof(BackwardConfig) == 16 * sizeof(int32_t));
 
 // ---- workspace ----------------------------------------------------------------------------------
 
@@ -83,7 +83,7 @@ struct Workspace {
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.has_turns() ? row_tiles * 4 : 0);
-    next_item = take(kItemCounters * 4);
+    next_item = take(4);
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
     key_sum_bytes = keys * (c.depth + c.value_depth) * 4;
@@ -263,7 +263,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   if (tiles > 0) {
     launch(prepare, row_tiles, stream, params);
   } else {
-    clear(params.next_item, kItemCounters * 4);
+    clear(params.next_item, 4);
   }
   if (layout.key_sum_bytes > 0) clear(params.k_sums, layout.key_sum_bytes);
   gradients.begin(params, ordinal, stream);

@@ -5,6 +5,7 @@
 
 #include "cuda/backward_variants.h"
 #include "cuda/device/sm90/backward_split_params.h"
+#include "cuda/views.h"
 
 namespace anymask::cuda {
 namespace {
@@ -18,51 +19,31 @@ constexpr KernelFamily kSplit{"backward_split",
                               true,
                               static_cast<int>(sizeof(SplitParams))};
 
-constexpr int kMathRegisters = 232, kLoadRegisters = 40;
-
 // `main`: the variant that makes all gradients.
-constexpr BackwardConfig keys_variant(BackwardConfig main) {
-  main.split = 1;
-  main.chained = kUnchained;
-  main.adds_keys = 0;
-  main.slope_slots = 0;
-  main.o_stages = 3;
-  main.query_registers = 0;
-  main.math_registers = kMathRegisters;
-  main.load_registers = kLoadRegisters;
-  return main;
-}
-
-constexpr ForwardConfig rows_variant(const BackwardConfig& main, MaskPath masks) {
-  ForwardConfig c{};
+constexpr SplitConfig variant(const BackwardConfig& main, MaskPath row_masks) {
+  SplitConfig c{};
   c.half = main.half;
   c.depth = main.depth;
   c.value_depth = main.value_depth;
-  c.warpgroups = 2;
-  c.columns = main.columns();
-  c.k_stages = 2;
-  c.v_stages = 2;
-  c.bit_slots = 3;
-  c.pieces = 1;
-  c.mask_path = static_cast<int32_t>(masks);
-  c.math_registers = kMathRegisters;
-  c.load_registers = kLoadRegisters;
-  c.gradient = 1;
+  c.key_masks = main.mask_path;
+  c.row_masks = static_cast<int32_t>(row_masks);
+  c.key_bit_slots = main.masks() == MaskPath::kRuns ? 2 : 3;
+  c.row_bit_slots = 2;
+  c.math_registers = 224;
+  c.load_registers = 56;
   return c;
 }
 
 constexpr bool variants_fit() {
   for (const int depth : {64, 128}) {
     for (const int value_depth : {64, 128}) {
-      BackwardConfig main{};
-      main.depth = depth;
-      main.value_depth = value_depth;
-      main.k_stages = 2;
-      main.q_stages = 3;
-      main.bit_slots = 4;
-      main.mask_path = static_cast<int32_t>(MaskPath::kRecipe);
-      const SplitConfig c{keys_variant(main), rows_variant(main, MaskPath::kRecipe)};
-      if (c.shared_bytes() > kBlockSharedBytes) return false;
+      for (const MaskPath masks : {MaskPath::kRuns, MaskPath::kMachine}) {
+        BackwardConfig main{};
+        main.depth = depth;
+        main.value_depth = value_depth;
+        main.mask_path = static_cast<int32_t>(masks);
+        if (variant(main, masks).shared_bytes() > kBlockSharedBytes) return false;
+      }
     }
   }
   return true;
@@ -70,12 +51,12 @@ constexpr bool variants_fit() {
 static_assert(variants_fit());
 
 KernelConfig kernel_config(const BackwardConfig& main, MaskPath row_masks) {
-  const SplitConfig c{keys_variant(main), rows_variant(main, row_masks)};
+  const SplitConfig c = variant(main, row_masks);
   KernelConfig config;
   config.family = &kSplit;
   config.count = sizeof(SplitConfig) / sizeof(int32_t);
   std::memcpy(config.values.data(), &c, sizeof(c));
-  config.threads = c.keys.threads();
+  config.threads = c.threads();
   config.shared_bytes = c.shared_bytes();
   return config;
 }
@@ -128,50 +109,33 @@ void backward_split(const BackwardCall& call, const BackwardParams& params,
                     const BackwardConfig& config, int ordinal, CuStream stream) {
   const Kernel& compiled = kernel(backward_split_kernel(call, config), ordinal);
   const Gpu& device = gpu(ordinal);
-  SplitParams both{params, {}};
+  SplitParams both{params, {}, 0};
 
-  // As many pairs side by side as have what both kinds of blocks read in two fifths of L2.
+  const int row_pairs = (params.row_tiles + 1) / 2;
+  both.tiles = std::max(row_pairs, params.columns.outer_tiles);
   BackwardParams& keys = both.keys;
   keys.pairs = params.batch * params.kv_heads;
+  // As many pairs side by side as have what is read of them in two fifths of L2.
   const int64_t rows_and_keys = int64_t{params.q_len} * params.group_heads + params.kv_len;
   const int64_t bytes = rows_and_keys * (params.depth + params.value_depth) * 2;
   keys.chunk =
       static_cast<int32_t>(std::clamp<int64_t>(device.l2_bytes * 2 / 5 / bytes, 1, keys.pairs));
   keys.tail = keys.chunk + (keys.pairs - keys.chunk) % keys.chunk;
-  keys.items = keys.pairs * params.columns.outer_tiles;
+  keys.items = keys.pairs * both.tiles;
+  keys.blocks = std::min(device.multiprocessors, keys.items);
 
-  RowPassParams& rows = both.rows;
+  ForwardParams& rows = both.rows;
+  rows.k = tensor_map(call.k, kBackwardRows);
+  rows.v = tensor_map(call.v, kBackwardRows);
   rows.recipe = params.recipe;
-  rows.q = params.q;
-  rows.k = params.k;
-  rows.v = params.v;
-  rows.out_grad = params.out_grad;
-  rows.q_grad = params.q_grad;
-  rows.q_grad_batch_stride = params.q_grad_batch_stride;
-  rows.q_grad_row_stride = params.q_grad_row_stride;
-  rows.q_grad_head_stride = params.q_grad_head_stride;
-  rows.row_numbers = params.row_numbers;
-  rows.scale = params.scale;
   rows.scale_log2 = params.scale_log2;
-  rows.depth = params.depth;
   rows.q_heads = params.q_heads;
   rows.group_heads = params.group_heads;
   rows.q_len = params.q_len;
   rows.kv_len = params.kv_len;
-  rows.value_depth = params.value_depth;
   rows.program = params.program;
   rows.map = call.rows;
-  rows.pairs = params.batch * params.q_heads;
-  rows.chunk = keys.chunk * params.group_heads;
-  constexpr int kTilesAtOnce = 2;
-  rows.items = rows.pairs * ((call.rows.outer_tiles + kTilesAtOnce - 1) / kTilesAtOnce);
-  rows.next_item = params.next_item + 1;
-  const int blocks = device.multiprocessors;
-  // dK and dV take 1.15 to 1.37 times as long as dQ; 5 / 4 to begin with.
-  keys.blocks = blocks * 5 / 9;
-  rows.blocks = blocks - keys.blocks;
-  const auto grid = static_cast<uint32_t>(2 * blocks);  // the second half helps
-  launch(compiled, {grid}, stream, both);
+  launch(compiled, {static_cast<uint32_t>(keys.blocks)}, stream, both);
 }
 
 std::vector<KernelConfig> backward_split_kernels(const BackwardConfig& main) {

@@ -47,6 +47,44 @@ def test_masks(dims, dtype, deterministic):
         check(q, k, v, mask, allowed, with_lse=True, deterministic=deterministic)
 
 
+def scattered(rng, m, n, columns):
+    """Indices of rows that see keys, other ones for every 64 keys, many of which a block of 64 rows
+    passes over: `columns` 2, one run of rows; 4, with two holes."""
+    steps = np.arange(-(-n // 64))
+    begin = rng.integers(0, m, (BATCH, 1, steps.size))
+    end = np.minimum(begin + rng.integers(0, m // 3, begin.shape), m)
+    masked = (end, begin) if columns == 2 else (0 * begin, begin // 32 * 32, end, 0 * end + m)
+    return np.stack(masked, -1).repeat(64, 2)[:, :, :n].astype(np.int32)
+
+
+@pytest.mark.parametrize("columns", [2, 4])
+@pytest.mark.parametrize("kv_heads", [HEADS, HEADS // 2])
+def test_steps_that_show_a_warpgroup_nothing(columns, kv_heads):
+    """A warpgroup passes over them, and must not hold on to what others wait for meanwhile."""
+    rng = np.random.default_rng(24)
+    m, n = LENGTH, LENGTH + 41
+    q, k, v = inputs(BATCH, m, n, (HEADS, kv_heads), (128, 128))
+    for _ in range(3):
+        indices = scattered(rng, m, n, columns)
+        check(q, k, v, am.intervals(indices, causal=False),
+              reference.intervals(indices, False, m), with_lse=True)  # fmt: skip
+
+
+@pytest.mark.parametrize("kv_heads", [HEADS, HEADS // 4])
+@pytest.mark.parametrize("rows", [150, 250, 400])
+def test_documents_of_several_tiles(rows, kv_heads):
+    rng = np.random.default_rng(25)
+    length = LENGTH + 3
+    q, k, v = inputs(BATCH, length, heads=(HEADS, kv_heads), dims=(128, 128))
+    q_ids, kv_ids = short_documents(rng, length, length, rows)
+    documents = reference.documents(q_ids, q_ids)
+    check(q, k, v, am.documents(q_ids, q_ids), documents)
+    check(q, k, v, am.documents(q_ids, q_ids) & am.causal(),
+          documents & reference.causal(length, length))  # fmt: skip
+    check(q, k, v, am.causal(), reference.causal(length, length), deterministic=True)
+    check(q, k, v, am.full(), reference.documents(0 * q_ids, 0 * kv_ids))
+
+
 @pytest.mark.parametrize("kv_heads", [1, HEADS // 4, HEADS // 2])
 def test_grouped_heads(kv_heads):
     rng = np.random.default_rng(22)

@@ -39,6 +39,11 @@ __device__ __forceinline__ uint32_t ones_from(int first) {
   return __funnelshift_lc(0u, 0xffffffffu, first < 0 ? 0 : first);
 }
 
+// Ones at the bits begin..end - 1, as far as there are such.
+__device__ __forceinline__ uint32_t ones_between(int begin, int end) {
+  return ones_from(begin) & ~ones_from(end);
+}
+
 // The value that lane ^ `mask` holds.
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);

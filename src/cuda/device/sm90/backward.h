@@ -16,9 +16,10 @@
 
 namespace anymask::cuda {
 
-// first: the block's first item, or kDrawFirst.
 template <BackwardConfig C>
-__device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first) {
+__device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
+  static_assert(sizeof(BackwardShared<C>) <= C.shared_bytes());
+  if (p.splits()) return;
   extern __shared__ __align__(1024) uint8_t memory[];
   BackwardShared<C>& shared = *reinterpret_cast<BackwardShared<C>*>(memory);
   const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
@@ -32,13 +33,13 @@ __device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first
     shared.init();
     shared.chunk = chunk_of<C>(p);
   }
-  shared.init_units(threadIdx.x, p.lse_exponent);
+  init_units<C.half != 0>(shared.units, threadIdx.x, p.lse_exponent);
   __syncthreads();
 
   if (warp < kMathWarps) {
     ptx::give_registers<C.load_registers>();
     if (warp == 0) {
-      backward_load<C>(p, shared, lane, first);
+      backward_load<C>(p, shared, lane);
     } else if (warp < BackwardShared<C>::kFirstBitWarp) {
       if (lane == 0) TurnKeeper<C>{p, shared}.run();
     } else if constexpr (C.makes_bits()) {
@@ -61,12 +62,6 @@ __device__ __forceinline__ void run_key_roles(const BackwardParams& p, int first
     BackwardQuery<C> query{p, shared, warp % kMathWarps, lane};
     query.run();
   }
-}
-
-template <BackwardConfig C>
-__device__ __forceinline__ void backward_kernel(const BackwardParams& p) {
-  static_assert(sizeof(BackwardShared<C>) <= C.shared_bytes());
-  if (!p.splits()) run_key_roles<C>(p, blockIdx.x);
 }
 
 }  // namespace anymask::cuda

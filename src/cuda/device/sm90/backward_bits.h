@@ -71,6 +71,63 @@ __device__ __forceinline__ void arrive_bits(ptx::Barrier& barrier, int lane) {
   if (lane == 0) barrier.arrive();
 }
 
+// What `request` asks for, by warp `index` of kWarps. Under MaskPath::kRuns runs, else bits, for
+// which runs are scratch. Unless every tile has kept pairs, `full` is told every 32 keys.
+template <BackwardConfig C, int kWarps>
+__device__ __forceinline__ void make_tile_key_bits(const BackwardParams& p,
+                                                   const BitRequest& request,
+                                                   KeyRuns<C.columns()>& runs, uint32_t (*bits)[2],
+                                                   ptx::Barrier& full, int index, int lane) {
+  // The same keys for a warp at all times, so it needs nobody else's runs.
+  // A loop that all lanes leave together keeps uniform registers usable, and with dropout 200
+  // bytes from being spilled. But where query heads are items of their own, the compiler then
+  // spills two registers of math threads in their loop.
+  constexpr bool kUniform = C.adds_keys == 0;
+#pragma unroll 1
+  for (int at = 32 * index + (kUniform ? 0 : lane); at < C.columns(); at += 32 * kWarps) {
+    const int key = kUniform ? at + lane : at;
+    const int position = request.key_tile * C.columns() + key;
+    const bool exists = position < p.kv_len;
+    if constexpr (C.masks() == MaskPath::kRuns) {
+      if (exists) find_runs(p, request.place, position, runs, key);
+      if (!exists) {
+#pragma unroll
+        for (int i = 0; i < 6; ++i) runs.ends[i][key] = 0;
+      }
+      arrive_bits(full, lane);
+      continue;
+    }
+    if constexpr (C.masks() == MaskPath::kRecipe) {
+      if (exists && request.fresh != 0) {
+        find_runs(p, request.place, position, runs, key);
+      }
+    }
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int row = request.row_tile * kBackwardRows + 32 * half;
+      uint32_t word = 0;
+      if (exists && row < p.q_len) {
+        if constexpr (C.masks() == MaskPath::kRecipe) {
+          word = word_of_runs(p, runs, key, row);
+          if (p.recipe.bits >= 0) {
+            word &= rules::bits_word(p.program.nodes[p.recipe.bits], request.place,
+                                     rules::key_at(p.program, request.place, position), row);
+          }
+        } else {
+          word = rules::column_word(p.program, request.place, position, row);
+        }
+      }
+      if constexpr (C.masks() == MaskPath::kRecipe && ids_by_recipe(C.has_turns(), C.features)) {
+        if (p.recipe.ids >= 0 && row < p.q_len) {
+          word &= word_of_ids(p, request.place, position, exists, row, lane);
+        }
+      }
+      bits[key][half] = word;
+    }
+    if constexpr (!C.has(kDropout)) arrive_bits(full, lane);
+  }
+}
+
 // C.makes_bits().
 template <BackwardConfig C>
 __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardShared<C>& shared,
@@ -89,56 +146,10 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
         continue;
       }
     }
-    // The same keys for a warp at all times, so it needs nobody else's runs.
-    // A loop that all lanes leave together keeps uniform registers usable, and with dropout 200
-    // bytes from being spilled. But where query heads are items of their own, the compiler then
-    // spills two registers of math threads in their loop.
-    constexpr bool kUniform = C.adds_keys == 0;
-#pragma unroll 1
-    for (int at = 32 * index + (kUniform ? 0 : lane); at < C.columns();
-         at += 32 * Shared::kKeyBitWarps) {
-      const int key = kUniform ? at + lane : at;
-      const int position = request.key_tile * C.columns() + key;
-      const bool exists = position < p.kv_len;
-      if constexpr (C.masks() == MaskPath::kRuns) {
-        KeyRuns<C.columns()>& runs = shared.runs[slots.slot];
-        if (exists) find_runs(p, request.place, position, runs, key);
-        if (!exists) {
-#pragma unroll
-          for (int i = 0; i < 6; ++i) runs.ends[i][key] = 0;
-        }
-        arrive_bits(shared.bits_full[slots.slot], lane);
-        continue;
-      }
-      if constexpr (C.masks() == MaskPath::kRecipe) {
-        if (exists && request.fresh != 0) {
-          find_runs(p, request.place, position, shared.runs[0], key);
-        }
-      }
-#pragma unroll 1
-      for (int half = 0; half < 2; ++half) {
-        const int row = request.row_tile * kBackwardRows + 32 * half;
-        uint32_t word = 0;
-        if (exists && row < p.q_len) {
-          if constexpr (C.masks() == MaskPath::kRecipe) {
-            word = word_of_runs(p, shared.runs[0], key, row);
-            if (p.recipe.bits >= 0) {
-              word &= rules::bits_word(p.program.nodes[p.recipe.bits], request.place,
-                                       rules::key_at(p.program, request.place, position), row);
-            }
-          } else {
-            word = rules::column_word(p.program, request.place, position, row);
-          }
-        }
-        if constexpr (C.masks() == MaskPath::kRecipe && ids_by_recipe(C.has_turns(), C.features)) {
-          if (p.recipe.ids >= 0 && row < p.q_len) {
-            word &= word_of_ids(p, request.place, position, exists, row, lane);
-          }
-        }
-        shared.bits[slots.slot][key][half] = word;
-      }
-      if constexpr (!C.has(kDropout)) arrive_bits(shared.bits_full[slots.slot], lane);
-    }
+    constexpr bool kRuns = Shared::kHandsOverRuns;
+    make_tile_key_bits<C, Shared::kKeyBitWarps>(p, request, shared.runs[kRuns ? slots.slot : 0],
+                                                shared.bits[kRuns ? 0 : slots.slot],
+                                                shared.bits_full[slots.slot], index, lane);
     if constexpr (C.has(kDropout)) arrive_bits(shared.bits_full[slots.slot], lane);
   }
 }

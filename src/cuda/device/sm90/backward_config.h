@@ -37,7 +37,6 @@ struct BackwardConfig {
   int32_t adds_keys;  // 1: query heads and segments of their rows are items of their own, and what
                       // they make of dK and dV is added up (backward_key_sums.h)
   int32_t features;   // score options: kSoftcap and so on; of prepare: kRowNumbers
-  int32_t split;      // 1: dQ is not made here but by other blocks (backward_split.h)
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether math threads read rows' numbers in float32. A softcap comes between S and lse, and what
@@ -59,7 +58,7 @@ struct BackwardConfig {
   // Whether parts of dQ meet in chains, whose turns a thread of its own sees to.
   constexpr bool has_turns() const { return chained != kUnchained; }
   // Whether a warpgroup of its own makes dQ.
-  constexpr bool has_query() const { return wide == 0 && split == 0; }
+  constexpr bool has_query() const { return wide == 0; }
   constexpr MaskPath masks() const { return static_cast<MaskPath>(mask_path); }
   constexpr bool baked() const { return masks() == MaskPath::kBaked; }
   // Whether the warps that make bits have something to do.
@@ -99,8 +98,6 @@ struct BackwardConfig {
            aside_places() * keys * kBackwardRows * 2;
   }
 };
-
-inline constexpr int kItemCounters = 2;
 
 // A bias's tiles (backward_bias_tiles.h): a math warp's piece of keys, and the sums of a tile.
 inline constexpr int kBiasPieceKeys = 16;
@@ -168,11 +165,11 @@ struct BackwardParams {
 
   // Workspace, linear in q_len. A row tile is (batch * q_heads + head) * row_tiles + tile.
   float *k_sums,
-      *v_sums;         // [pair][key tile][2][64 * depth]: dK / scale and dV, where they are added
-  float* q_sums;       // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
-  uint16_t* stats;     // [row tile][64][kRowStats]
-  int32_t* turns;      // [row tile], chained: how many key tiles have added
-  int32_t* next_item;  // [kItemCounters]: of key tiles, and of row tiles (backward_split.h)
+      *v_sums;      // [pair][key tile][2][64 * depth]: dK / scale and dV, where they are added
+  float* q_sums;    // [row tile][64 * depth]: dQ / scale, in the order of the accumulators
+  uint16_t* stats;  // [row tile][64][kRowStats]
+  int32_t* turns;   // [row tile], chained: how many key tiles have added
+  int32_t* next_item;
 
   int32_t batch;
   int32_t q_heads;

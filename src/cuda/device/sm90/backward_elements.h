@@ -9,6 +9,7 @@
 #include "cuda/device/ptx/bulk.h"
 #include "cuda/device/ptx/matrix.h"
 #include "cuda/device/ptx/registers.h"
+#include "cuda/device/ptx/tma.h"
 #include "cuda/device/ptx/wgmma.h"
 #include "cuda/device/sm90/backward_shared.h"
 #include "cuda/device/sm90/backward_store.h"
@@ -78,9 +79,11 @@ __device__ __forceinline__ bool any_of(const uint32_t (&words)[2][2]) {
 template <int kKeys>
 __device__ __forceinline__ uint32_t word_of_runs(const BackwardParams& p,
                                                  const KeyRuns<kKeys>& runs, int key, int row) {
-  uint32_t word = rules::run_word(runs.ends[0][key], runs.ends[1][key], row);
-  if (p.recipe.holes > 0) word &= ~rules::run_word(runs.ends[2][key], runs.ends[3][key], row);
-  if (p.recipe.holes > 1) word &= ~rules::run_word(runs.ends[4][key], runs.ends[5][key], row);
+  uint32_t word = ptx::ones_between(runs.ends[0][key] - row, runs.ends[1][key] - row);
+#pragma unroll 1
+  for (int hole = 1; hole <= p.recipe.holes; ++hole) {
+    word &= ~ptx::ones_between(runs.ends[2 * hole][key] - row, runs.ends[2 * hole + 1][key] - row);
+  }
   return word;
 }
 
@@ -89,11 +92,26 @@ __device__ __forceinline__ uint32_t word_of_runs(const BackwardParams& p,
 template <int kKeys>
 __device__ __forceinline__ void words_of_runs(const BackwardParams& p, const KeyRuns<kKeys>& runs,
                                               int key, int q, int row, uint32_t (&words)[2][2]) {
+  row += 2 * q;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    const int begin = runs.ends[0][key + 8 * r] - row, end = runs.ends[1][key + 8 * r] - row;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      words[r][half] = word_of_runs(p, runs, key + 8 * r, row + 32 * half + 2 * q);
+      words[r][half] = ptx::ones_between(begin - 32 * half, end - 32 * half);
+    }
+  }
+  // A loop that runs zero times for most masks: one branch, and nothing is predicated.
+#pragma unroll 1
+  for (int hole = 1; hole <= p.recipe.holes; ++hole) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int begin = runs.ends[2 * hole][key + 8 * r] - row;
+      const int end = runs.ends[2 * hole + 1][key + 8 * r] - row;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        words[r][half] &= ~ptx::ones_between(begin - 32 * half, end - 32 * half);
+      }
     }
   }
 }
@@ -130,6 +148,32 @@ __device__ __forceinline__ void load_fragments(uint32_t address,
 #pragma unroll
   for (int step = 0; step < kBackwardRows / 16; ++step) {
     ptx::load_matrices(address ^ (step << 5), &packed[4 * step]);
+  }
+}
+
+// A warp's 16 keys of dK or dV, from `first_key` on: 64 columns at a time through `staged` and the
+// copy engine, which costs a third of what stores from registers do.
+template <bool kHalf, int kDepth>
+__device__ __forceinline__ void store_through(uint8_t* staged, const TensorMapBytes& map,
+                                              const float (&grad)[kDepth / 2], float scale,
+                                              int first_key, int kv_head, int batch, int lane) {
+#pragma unroll
+  for (int slab = 0; slab < kDepth / kSlabColumns; ++slab) {
+    uint32_t packed[kPieceValues / 2];
+#pragma unroll
+    for (int i = 0; i < kPieceValues; i += 2) {
+      const int at = kPieceValues * slab + i;
+      packed[i / 2] = pack_pair<kHalf>(grad[at] * scale, grad[at + 1] * scale);
+    }
+    if (lane == 0) ptx::bulk_wait_read<0>();
+    __syncwarp();
+    store_fragments(fragment_address(staged, 0, lane), packed);
+    ptx::fence_async_shared();
+    __syncwarp();
+    if (lane == 0) {
+      ptx::store_box(&map, staged, slab * kSlabColumns, first_key, kv_head, batch);
+      ptx::bulk_commit();
+    }
   }
 }
 

@@ -24,7 +24,6 @@ struct BackwardMath {
   static constexpr ptx::Element kElement = kHalf ? ptx::Element::kF16 : ptx::Element::kBf16;
   static constexpr int kKeySlabBytes = Shared::kColumns * kSlabRowBytes;
   static constexpr int kRowSlabBytes = Shared::kTileRowBytes;
-  static constexpr bool kValuesInFlight = C.split != 0;
   using ScoreProduct = ptx::Wgmma<kElement, kBackwardRows>;
   using KeyProduct = ptx::Wgmma<kElement, C.depth>;
   using ValueProduct = ptx::Wgmma<kElement, C.value_depth>;
@@ -38,7 +37,7 @@ struct BackwardMath {
   Ring<C.k_stages> k_ring;
   Ring<C.q_stages> q_ring;
   Ring<C.o_stages> o_ring;  // unless dO has as many places as Q: then they go round together
-  Ring<Shared::kSlopeSlots> slope_ring;
+  Ring<C.slope_slots> slope_ring;
   Ring<C.bit_slots> bit_ring;
   uint32_t v_parity = 0;  // of v_full
   int run_slot = -1;      // where the runs of the item's keys are
@@ -203,26 +202,8 @@ struct BackwardMath {
                         lane);
       return;
     }
-    uint8_t* staged = shared.grads[kMathWarps * w + warp];
-#pragma unroll
-    for (int slab = 0; slab < kDepth / kSlabColumns; ++slab) {
-      uint32_t packed[kPieceValues / 2];
-#pragma unroll
-      for (int i = 0; i < kPieceValues; i += 2) {
-        const int at = kPieceValues * slab + i;
-        packed[i / 2] = pack_pair<kHalf>(grad[at] * scale, grad[at + 1] * scale);
-      }
-      if (lane == 0) ptx::bulk_wait_read<0>();
-      __syncwarp();
-      store_fragments(fragment_address(staged, 0, lane), packed);
-      ptx::fence_async_shared();
-      __syncwarp();
-      if (lane == 0) {
-        ptx::store_box(&map, staged, slab * kSlabColumns, first_key + 16 * warp, item.kv_head,
-                       item.batch);
-        ptx::bulk_commit();
-      }
-    }
+    store_through<kHalf, kDepth>(shared.grads[kMathWarps * w + warp], map, grad, scale,
+                                 first_key + 16 * warp, item.kv_head, item.batch, lane);
   }
 
   template <int kDepth>
@@ -291,14 +272,14 @@ struct BackwardMath {
     issue_piece<C.value_depth>(piece, shared.v, shared.out_grad[o_place.slot], 1, now);
     issue_v_grad(v_grad, weights, o_place.slot);
     pass_turn();
-    // For dV too where a warpgroup makes dQ: with it in flight a thread would need 224 registers
-    // instead of the 208 that this leaves.
-    ptx::wgmma_wait<kValuesInFlight ? 1 : 0>();
+    // For dV too: with it in flight a thread would need 224 registers instead of the 208 that a
+    // warpgroup for dQ leaves.
+    ptx::wgmma_wait<0>();
     ptx::pin(piece);
-    if constexpr (!kValuesInFlight) take_v_grad(v_grad, weights, o_place.slot);
+    take_v_grad(v_grad, weights, o_place.slot);
     if constexpr (!kMore) arrive(shared.v_empty);
     make_slopes(piece, weights, now, slopes);
-    if constexpr (C.has_query()) publish_slopes(slopes);
+    publish_slopes(slopes);
     if constexpr (kMore) shared.q_full[q_ring.slot].wait(q_ring.parity);
     take_turn();
     issue_k_grad(k_grad, slopes, now);
@@ -308,14 +289,10 @@ struct BackwardMath {
       pass_turn();
       ptx::wgmma_wait<0>();
       ptx::pin(piece);
-      if constexpr (kValuesInFlight) take_v_grad(v_grad, weights, o_place.slot);
       ptx::pin(k_grad);
       ptx::pin(slopes);
       options.end_step();
       arrive(shared.q_empty[now]);
-    } else if constexpr (kValuesInFlight) {
-      ptx::wgmma_wait<1>();
-      take_v_grad(v_grad, weights, o_place.slot);
     }
   }
 

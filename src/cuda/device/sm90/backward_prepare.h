@@ -125,7 +125,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     }
   }
   if (C.has_turns() && thread == 0) p.turns[row_tile] = 0;
-  if (row_tile == 0 && thread < kItemCounters) p.next_item[thread] = 0;
+  if (row_tile == 0 && thread == 0) *p.next_item = 0;
 
   uint16_t* stats = p.stats + row_tile * (kBackwardRows * kRowStats);
 #pragma unroll

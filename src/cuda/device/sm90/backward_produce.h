@@ -10,10 +10,9 @@
 
 namespace anymask::cuda {
 
-// index: of the first item, or kDrawFirst.
 template <BackwardConfig C>
 __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardShared<C>& shared,
-                                              int lane, int index) {
+                                              int lane) {
   using Shared = BackwardShared<C>;
   Ring<kItemSlots> items;
   Ring<C.q_stages> q_ring;
@@ -43,16 +42,6 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
     bit_ring.next();
   };
 
-  // Where dQ is made by other blocks they read the same K and V.
-  const auto load = [](void* to, const TensorMapBytes& map, ptx::Barrier& full, int column,
-                       const BackwardItem& item) {
-    const int key = item.key_tile * C.columns();
-    if constexpr (C.split != 0) {
-      ptx::load_box(to, &map, full, column, key, item.kv_head, item.batch);
-    } else {
-      ptx::load_box_once(to, &map, full, column, key, item.kv_head, item.batch);
-    }
-  };
   auto load_k = [&](const BackwardItem& item) {
     shared.k_empty[k_ring.slot].wait(k_ring.parity ^ 1);
     if (lane == 0) {
@@ -60,7 +49,8 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       full.arrive_expect(Shared::kKBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kSlabs; ++slab) {
-        load(shared.k[k_ring.slot][slab], p.k, full, slab * kSlabColumns, item);
+        ptx::load_box_once(shared.k[k_ring.slot][slab], &p.k, full, slab * kSlabColumns,
+                           item.key_tile * C.columns(), item.kv_head, item.batch);
       }
     }
     k_ring.next();
@@ -72,12 +62,13 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       shared.v_full.arrive_expect(Shared::kVBytes);
 #pragma unroll
       for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
-        load(shared.v[slab], p.v, shared.v_full, slab * kSlabColumns, item);
+        ptx::load_box_once(shared.v[slab], &p.v, shared.v_full, slab * kSlabColumns,
+                           item.key_tile * C.columns(), item.kv_head, item.batch);
       }
     }
   };
 
-  if (index == kDrawFirst) index = p.blocks + draw_item(p.next_item, lane);
+  int index = blockIdx.x;
   for (;;) {
     BackwardItem item = {0, 0, 0, -1, 0, 0};
     if (index < p.items) item = item_at<C>(p, shared.chunk, index);

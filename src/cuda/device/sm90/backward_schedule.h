@@ -18,6 +18,13 @@ __device__ __forceinline__ const int32_t* key_order(const BackwardParams& p,
   return program.key_order + row * program.kv_len;
 }
 
+// The next number of a counter, by a converged warp.
+__device__ __forceinline__ int draw_item(int32_t* counter, int lane) {
+  int drawn = 0;
+  if (lane == 0) drawn = atomicAdd(counter, 1);
+  return __shfl_sync(0xffffffffu, drawn, 0);
+}
+
 // How many query heads an item has.
 template <BackwardConfig C>
 __device__ __forceinline__ int heads_of_item(const BackwardParams& p) {

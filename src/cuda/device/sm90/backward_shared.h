@@ -70,10 +70,32 @@ inline constexpr int kSlopesBarrier = 1;   // wide: dS is in shared memory
 inline constexpr int kWeightsBarrier = 2;  // wide: P is
 inline constexpr int kTensorBarrier = 3;   // + math warpgroup: its products are next
 
+// The 16-bit pattern of 2^exponent, -14 <= exponent <= 15.
+template <bool kHalf>
+__device__ __forceinline__ uint16_t power_of_two(int exponent) {
+  return static_cast<uint16_t>(kHalf ? (15 + exponent) << 10 : (127 + exponent) << 7);
+}
+
+// Constants that pick lse [0] and sums [1] from a row's statistics; [2]: zeros. By thread i of at
+// least 192.
+template <bool kHalf>
+__device__ __forceinline__ void init_units(uint16_t (&units)[3][8][kRowStats], int i,
+                                           int lse_exponent) {
+  const int kind = i / 64, element = i % kRowStats;
+  if (kind > 2) return;
+  uint16_t unit = 0;
+  if (kind == 0 && element < kLseParts) unit = power_of_two<kHalf>(lse_exponent);
+#pragma unroll
+  for (int part = 0; part < kSumParts; ++part) {
+    if (kind == 1 && element == kLseParts + part) unit = power_of_two<kHalf>(sum_exponent(part));
+  }
+  units[kind][i / kRowStats % 8][element] = unit;
+  ptx::fence_async_shared();
+}
+
 template <BackwardConfig C>
 struct BackwardShared {
   static_assert(C.q_stages + C.slope_slots + 2 <= kSentSlots);
-  static constexpr int kSlopeSlots = C.slope_slots > 0 ? C.slope_slots : 1;
   static constexpr int kSlabs = C.depth / kSlabColumns;
   static constexpr int kValueSlabs = C.value_depth / kSlabColumns;
   static constexpr int kColumns = C.columns();
@@ -86,14 +108,13 @@ struct BackwardShared {
   alignas(1024) uint8_t q[C.q_stages][kSlabs][kTileRowBytes];
   alignas(1024) uint8_t out_grad[C.o_stages][kValueSlabs][kTileRowBytes];
   // dS^T: a row of 64 queries per key
-  alignas(1024) uint8_t slopes[kSlopeSlots][C.slope_slots > 0 ? kColumns* kSlabRowBytes : 16];
+  alignas(1024) uint8_t slopes[C.slope_slots][kColumns * kSlabRowBytes];
   // dK and dV on their way out: 16 keys x 64 columns a math warp.
   alignas(1024) uint8_t grads[C.wide != 0 ? 16 : kMathWarps * kBackwardWarpgroups][kGradBytes];
   alignas(1024) uint8_t weights[C.wide != 0 ? kColumns * kSlabRowBytes : 16];  // P^T, wide only
 
   alignas(128) uint16_t stats[C.q_stages][kBackwardRows][kRowStats];
-  // Constants that pick lse [0] and sums [1] from the statistics; [2]: zeros.
-  alignas(128) uint16_t units[3][8][kRowStats];
+  alignas(128) uint16_t units[3][8][kRowStats];  // init_units
   // Of a key: two words of bits, a bit a row, as the rules make them and a plan bakes them
   // (plan/layout.h). Or (MaskPath::kRuns) which
   // rows see it, good for as many row tiles as there are; otherwise that is scratch of who makes
@@ -106,7 +127,7 @@ struct BackwardShared {
   ptx::Barrier q_full[C.q_stages], q_empty[C.q_stages];
   ptx::Barrier out_grad_full[C.o_stages], out_grad_empty[C.o_stages];
   ptx::Barrier sent_full[kSentSlots], turn_full[kTurnSlots], turn_used[kTurnSlots];
-  ptx::Barrier slopes_full[kSlopeSlots], slopes_empty[kSlopeSlots], weights_empty;
+  ptx::Barrier slopes_full[C.slope_slots], slopes_empty[C.slope_slots], weights_empty;
   ptx::Barrier request_full[C.bit_slots], bits_full[C.bit_slots], bits_empty[C.bit_slots];
   ptx::Barrier item_full[kItemSlots], item_empty[kItemSlots];
 
@@ -158,25 +179,6 @@ struct BackwardShared {
   static constexpr uint32_t kQBytes =
       kBackwardRows * C.depth * 2 + kStatBytes + kNumberBytes + kBiasBytes;
   static constexpr uint32_t kOutGradBytes = kBackwardRows * C.value_depth * 2;
-
-  // The 16-bit pattern of 2^exponent, -14 <= exponent <= 15.
-  static __device__ __forceinline__ uint16_t power_of_two(int exponent) {
-    return static_cast<uint16_t>(C.half != 0 ? (15 + exponent) << 10 : (127 + exponent) << 7);
-  }
-
-  // Thread i of at least 192.
-  __device__ __forceinline__ void init_units(int i, int lse_exponent) {
-    const int kind = i / 64, element = i % kRowStats;
-    if (kind > 2) return;
-    uint16_t unit = 0;
-    if (kind == 0 && element < kLseParts) unit = power_of_two(lse_exponent);
-#pragma unroll
-    for (int part = 0; part < kSumParts; ++part) {
-      if (kind == 1 && element == kLseParts + part) unit = power_of_two(sum_exponent(part));
-    }
-    units[kind][i / kRowStats % 8][element] = unit;
-    ptx::fence_async_shared();
-  }
 
   __device__ __forceinline__ void init() {
     for (int s = 0; s < C.k_stages; ++s) {

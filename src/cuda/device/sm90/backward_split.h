@@ -1,58 +1,69 @@
-// Flash attention backward for Hopper (sm_90a), dQ apart from dK and dV: some blocks walk key tiles
-// and make dK and dV, the others walk row tiles and make dQ.
+// Flash attention backward for Hopper (sm_90a), dQ apart from dK and dV.
 //
-// S and P are computed once more than when a block makes all three. But no sum of dQ is ever in
-// memory, and all sums have one order. docs/kernels/backward.md says when that is faster.
+// S and P are computed once more than when a block makes all three as it walks a key tile. But no
+// sum of dQ is ever in memory, all sums have one order, and a block has what its rows and its keys
+// meet in common. docs/kernels/backward.md says when that is faster.
+//
+// A block has one producer warpgroup and two math warpgroups.
 #pragma once
 
-#include "cuda/device/sm90/backward.h"
+#include "cuda/device/sm90/backward_keys.h"
 #include "cuda/device/sm90/backward_rows.h"
-#include "cuda/device/sm90/row_roles.h"
+#include "cuda/device/sm90/backward_split_bits.h"
+#include "cuda/device/sm90/backward_split_load.h"
 
 namespace anymask::cuda {
 
-enum class BlockWork : int32_t { kNone, kKeys, kRows };
-
-// How many items nobody has drawn.
-template <typename Params>
-__device__ __forceinline__ int items_left(const Params& p) {
-  return p.items - p.blocks - *const_cast<const volatile int32_t*>(p.next_item);
-}
-
-// What a block that comes late helps with. One thread looks, since others draw meanwhile.
-__device__ __forceinline__ BlockWork find_work(const SplitParams& p) {
-  extern __shared__ __align__(1024) uint8_t memory[];
-  int32_t& found = *reinterpret_cast<int32_t*>(memory);
-  if (threadIdx.x == 0) {
-    const BlockWork work = items_left(p.keys) > 0   ? BlockWork::kKeys
-                           : items_left(p.rows) > 0 ? BlockWork::kRows
-                                                    : BlockWork::kNone;
-    found = static_cast<int32_t>(work);
+template <SplitConfig C>
+__device__ __forceinline__ void split_math(const SplitParams& p, SplitShared<C>& shared, int w,
+                                           int warp, int lane) {
+  SplitPlace<C> at{shared, w, warp, lane};
+  Ring<C.rows().bit_slots> row_bits;
+  Ring<C.keys().bit_slots> key_bits;
+  int run_slot = -1;
+#pragma unroll 1
+  for (;;) {
+    const SplitPhase phase = at.begin_phase();
+    if (phase.work == SplitWork::kNone) break;
+    if (phase.work == SplitWork::kRows) {
+      RowPhase<C>{p, shared, at, row_bits}.run(phase);
+    } else {
+      KeyPhase<C>{p, shared, at, key_bits, run_slot}.run(phase);
+    }
+    at.end_phase();
   }
-  __syncthreads();
-  const int32_t work = ptx::uniform(found);
-  __syncthreads();
-  return static_cast<BlockWork>(work);
+  if (lane == 0) ptx::bulk_wait<0>();
 }
 
-// Twice as many blocks as fit at once. The first begin with the items of their kind; the others
-// start where one of those has ended, which is when its kind has no more items, and help with the
-// kind that has.
 template <SplitConfig C>
 __device__ __forceinline__ void backward_split_kernel(const SplitParams& p) {
-  static_assert(C.keys.threads() == C.rows.threads());
-  static_assert(sizeof(BackwardShared<C.keys>) <= C.shared_bytes());
-  static_assert(sizeof(RowPassShared<C.rows>) <= C.shared_bytes());
+  static_assert(sizeof(SplitShared<C>) <= C.shared_bytes());
   if (!p.keys.splits()) return;
-  const int block = blockIdx.x, begin_rows = p.keys.blocks;
-  const bool helps = block >= begin_rows + p.rows.blocks;
-  BlockWork work = block < begin_rows ? BlockWork::kKeys : BlockWork::kRows;
-  if (helps) work = find_work(p);
-  if (work == BlockWork::kKeys) {
-    run_key_roles<C.keys>(p.keys, helps ? kDrawFirst : block);
-  } else if (work == BlockWork::kRows) {
-    run_row_roles<C.rows, RowPassShared<C.rows>, RowPassWarp<C.rows>>(
-        p.rows, helps ? kDrawFirst : block - begin_rows);
+  extern __shared__ __align__(1024) uint8_t memory[];
+  SplitShared<C>& shared = *reinterpret_cast<SplitShared<C>*>(memory);
+  const int warp = ptx::uniform(static_cast<int>(threadIdx.x) / 32);
+  const int lane = threadIdx.x % 32;
+
+  if (threadIdx.x == 0) {
+    ptx::prefetch_map(&p.keys.q);
+    ptx::prefetch_map(&p.keys.out_grad);
+    ptx::prefetch_map(&p.rows.k);
+    ptx::prefetch_map(&p.rows.v);
+    shared.init();
+  }
+  init_units<C.keys().half != 0>(shared.units, threadIdx.x, p.keys.lse_exponent);
+  __syncthreads();
+
+  if (warp < kMathWarps) {
+    ptx::give_registers<C.load_registers>();
+    if (warp == 0) {
+      SplitLoader<C>{p, shared, lane}.run(blockIdx.x);
+    } else {
+      make_split_bits<C>(p, shared, warp - 1, lane);
+    }
+  } else {
+    ptx::take_registers<C.math_registers>();
+    split_math<C>(p, shared, warp / kMathWarps - 1, warp % kMathWarps, lane);
   }
 }
 

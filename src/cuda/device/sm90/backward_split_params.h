@@ -1,5 +1,5 @@
-// The variants and the parameter of the Hopper backward kernel that splits the work. Host and
-// device.
+// The variants and the parameter of the Hopper backward kernel that makes dQ apart from dK and dV.
+// Host and device.
 #pragma once
 
 #include "cuda/device/sm90/backward_config.h"
@@ -7,29 +7,64 @@
 
 namespace anymask::cuda {
 
-struct SplitConfig {
-  BackwardConfig keys;  // of those who make dK and dV
-  ForwardConfig rows;   // of those who make dQ
+// Places in shared memory for 64 rows of Q and dO, or 64 keys of K and V: a tile's own two pairs of
+// them, and two more on their way.
+inline constexpr int kSplitSlots = 6;
 
+// One variant.
+struct SplitConfig {
+  int32_t half;         // 1: fp16, 0: bf16
+  int32_t depth;        // head dimension of q and k, padded: 64, 128
+  int32_t value_depth;  // head dimension of v and out, padded likewise
+  int32_t key_masks;    // MaskPaths: of bits by keys, for dK and dV,
+  int32_t row_masks;    // and by rows, for dQ
+  int32_t key_bit_slots;
+  int32_t row_bit_slots;
+  int32_t math_registers;
+  int32_t load_registers;
+
+  // As those have it who walk row tiles of a key tile, and key tiles of a row tile; neither has
+  // rings of tiles.
+  constexpr BackwardConfig keys() const {
+    BackwardConfig c{};
+    c.half = half;
+    c.depth = depth;
+    c.value_depth = value_depth;
+    c.mask_path = key_masks;
+    c.bit_slots = key_bit_slots;
+    return c;
+  }
+  constexpr ForwardConfig rows() const {
+    ForwardConfig c{};
+    c.half = half;
+    c.depth = depth;
+    c.value_depth = value_depth;
+    c.mask_path = row_masks;
+    c.bit_slots = row_bit_slots;
+    c.warpgroups = kBackwardWarpgroups;
+    c.columns = keys().columns();
+    c.gradient = 1;
+    return c;
+  }
+
+  constexpr int threads() const { return 128 * (1 + kBackwardWarpgroups); }
+  // The slots with their statistics, two kinds of bits, and barriers and the like.
   constexpr int shared_bytes() const {
-    return rules::max_of(keys.shared_bytes(), rows.shared_bytes());
+    const int slot = kBackwardRows * ((depth + value_depth) * 2 + kRowStats * 2);
+    const bool runs = keys().masks() == MaskPath::kRuns;
+    return kSplitSlots * slot + row_bit_slots * 2064 + 2240 +
+           keys().columns() * (runs ? key_bit_slots * 24 : key_bit_slots * 8 + 24);
   }
 };
 
-// Of those who make dQ. Of the forward's, `map` is the plan's row map in the backward's tile
-// shape, `scale_log2` has the scale's sign, and `out` and `lse` are not looked at.
-struct RowPassParams : ForwardParams {
-  TensorMapBytes out_grad;
-  void* q_grad;
-  int64_t q_grad_batch_stride, q_grad_row_stride, q_grad_head_stride;  // in elements
-  const float* row_numbers;                                            // as BackwardParams has them
-  float scale;
-  int32_t depth;  // as given, not padded
-};
-
 struct SplitParams {
-  BackwardParams keys;  // its `blocks` begin with dK and dV, and come first
-  RowPassParams rows;   // and these begin with dQ
+  // Its `pairs`, `chunk`, `tail`, `items` and `blocks` count items of both kinds of work.
+  BackwardParams keys;
+  // What makes mask bits by rows. `q`, `out`, `lse` and what shares out work are not looked at; k
+  // and v have boxes of 64 keys, `map` is the plan's row map in the backward's tile shape, and
+  // `scale_log2` has the scale's sign.
+  ForwardParams rows;
+  int32_t tiles;  // of 128 rows or keys, whatever there are more of
 };
 
 }  // namespace anymask::cuda

@@ -1,6 +1,6 @@
-// The variants of the Hopper kernels that walk row tiles, which are the forward kernel and the
-// backward's blocks that make dQ (backward_rows.h), and the forward kernel's one parameter. Host
-// and device.
+// The variants of the Hopper kernels that walk key tiles of a row tile, which are the forward
+// kernel and the backward's where it makes dQ (backward_rows.h), and the forward kernel's one
+// parameter. Host and device.
 #pragma once
 
 #include "cuda/device/ptx/element.h"
@@ -35,7 +35,7 @@ struct ForwardConfig {
   int32_t math_registers;  // of a thread, after the warpgroups have traded
   int32_t load_registers;
   int32_t features;  // score options: kSoftcap and so on
-  int32_t gradient;  // 1: dQ is made, with dO beside Q; the map has a row tile for each warpgroup
+  int32_t gradient;  // 1: dQ is made; the map has a row tile for each warpgroup
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether the bit-making warps have something for every tile, not only for partial ones.
@@ -58,12 +58,11 @@ struct ForwardConfig {
   constexpr int word_groups() const { return plan::groups_of(tile()); }
   // Sets of words in a slot of the ring of bits: the mask's, and of the pairs that dropout keeps.
   constexpr int word_sets() const { return has(kDropout) ? 2 : 1; }
-  // Q (and dO), the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers,
+  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers,
   // classes and the like, which need less than 640 bytes.
   constexpr int shared_bytes() const {
     const int small = 640 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
-    return rows() * (depth + gradient * value_depth) * 2 +
-           columns * (k_stages * depth + v_stages * value_depth) * 2 +
+    return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
            bit_slots * word_sets() * warpgroups * word_groups() * 1024 +
            (small + 1023) / 1024 * 1024;
   }

@@ -8,13 +8,13 @@
 
 namespace anymask::cuda {
 
-// Params: ForwardParams, or what is derived from it.
-template <ForwardConfig C, typename Params, typename Shared>
+template <ForwardConfig C>
 struct LoadWarp {
+  using Shared = ForwardShared<C>;
   // Looking without a pause takes issue slots from the math warps: 3% of a causal pass.
   static constexpr uint32_t kPollNanoseconds = 200;
 
-  const Params& p;
+  const ForwardParams& p;
   Shared& shared;
   const int lane;
 
@@ -27,12 +27,11 @@ struct LoadWarp {
   uint32_t q_parity = 0;  // a bit per warpgroup
   uint32_t q_wanted = 0;  // warpgroups whose Q of this item is still to be loaded
 
-  // A warpgroup's 64 rows of Q or dO.
-  template <typename Slabs>
-  __device__ __forceinline__ void load_rows(Slabs& slabs, const TensorMapBytes& map, int w) {
+  // A warpgroup's 64 rows of Q.
+  __device__ __forceinline__ void load_rows(int w) {
     int column = 0;
-    for (auto& slab : slabs) {
-      ptx::load_box(slab, &map, shared.q_full[w], column, item.row_tile * C.rows() + 64 * w,
+    for (auto& slab : shared.q[w]) {
+      ptx::load_box(slab, &p.q, shared.q_full[w], column, item.row_tile * C.rows() + 64 * w,
                     item.head, item.batch);
       column += kSlabColumns;
     }
@@ -49,8 +48,7 @@ struct LoadWarp {
       q_parity ^= 1u << w;
       if (ptx::elect_one()) {
         shared.q_full[w].arrive_expect(Shared::kRowBytes);
-        load_rows(shared.q[w], p.q, w);
-        if constexpr (C.gradient != 0) load_rows(shared.out_grad[w], p.out_grad, w);
+        load_rows(w);
       }
     }
   }
@@ -137,11 +135,10 @@ struct LoadWarp {
     items.next();
   }
 
-  // first: the first item, or kDrawFirst.
-  __device__ __forceinline__ void run(int first) {
+  __device__ __forceinline__ void run() {
     // Before the first item comes one without tiles, which only publishes.
     next = {0, 0, 0, 0};
-    int claimed = first == kDrawFirst ? draw_item(p.next_item, lane) : first - p.blocks;
+    int claimed = static_cast<int>(blockIdx.x) - p.blocks;
     do {
       // Uniform, so that the copies' coordinates are: else each sits in a loop over the lanes, and
       // a stage that came free waits for it.

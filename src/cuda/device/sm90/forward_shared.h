@@ -14,16 +14,6 @@ inline constexpr int kMathWarps = 4;  // warps of a warpgroup
 inline constexpr int kBitWarps = 3;   // of the producer warpgroup; the fourth loads
 inline constexpr int kItemSlots = 3;  // in math, loading, and published ahead
 
-// Instead of the number of a block's first item: it is drawn like all others.
-inline constexpr int kDrawFirst = -1;
-
-// The next number of a counter, by a converged warp.
-__device__ __forceinline__ int draw_item(int32_t* counter, int lane) {
-  int drawn = 0;
-  if (lane == 0) drawn = atomicAdd(counter, 1);
-  return __shfl_sync(0xffffffffu, drawn, 0);
-}
-
 // One row tile of one head. count < 0: no more work.
 struct Item {
   int32_t row_tile;

@@ -102,11 +102,6 @@ __device__ __forceinline__ ColumnRuns column_runs(const ForwardParams& p,
   return runs;
 }
 
-// Rows begin..end - 1, counted from the word's first.
-__device__ __forceinline__ uint32_t run_of(int begin, int end) {
-  return ptx::ones_from(begin) & ~ptx::ones_from(end);
-}
-
 // An integer of an array that begins at `data`.
 __device__ __forceinline__ int64_t integer_of(const rules::Array& array, const void* data,
                                               int64_t offset) {
@@ -125,7 +120,7 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int row = first_row + 32 * i;
-    words[i] = run_of(runs.begin - row, runs.end - row);
+    words[i] = ptx::ones_between(runs.begin - row, runs.end - row);
   }
   if constexpr (kPath == MaskPath::kRuns) return;
   // A loop that runs zero times for most masks: the compiler must not make predicated code of it.
@@ -135,7 +130,7 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
 #pragma unroll
     for (int i = 0; i < kWords; ++i) {
       const int row = first_row + 32 * i;
-      words[i] &= ~run_of(runs.begin1 - row, runs.end1 - row);
+      words[i] &= ~ptx::ones_between(runs.begin1 - row, runs.end1 - row);
     }
     runs.begin1 = runs.begin2;
     runs.end1 = runs.end2;
@@ -176,7 +171,7 @@ __device__ __forceinline__ void leaf_words(const rules::Node& node, rules::Place
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int row = first_row + 32 * i;
-        words[i] = run_of(key - node.hi - row, key - node.lo + 1 - row);
+        words[i] = ptx::ones_between(key - node.hi - row, key - node.lo + 1 - row);
       }
       break;
     case rules::Op::kIntervals: {
@@ -184,8 +179,8 @@ __device__ __forceinline__ void leaf_words(const rules::Node& node, rules::Place
 #pragma unroll
       for (int i = 0; i < kWords; ++i) {
         const int row = first_row + 32 * i;
-        words[i] = ~(run_of(runs.begin1 - row, runs.end1 - row) |
-                     run_of(runs.begin2 - row, runs.end2 - row));
+        words[i] = ~(ptx::ones_between(runs.begin1 - row, runs.end1 - row) |
+                     ptx::ones_between(runs.begin2 - row, runs.end2 - row));
       }
       break;
     }
@@ -278,12 +273,52 @@ __device__ __forceinline__ void copy_bits(const ForwardParams& p, const Item& it
   ptx::load_bytes(&to, p.map.baked + (row * p.map.inner_tiles + tile) * kWords, 4 * kWords, full);
 }
 
+// ---- a tile's words, by all bit-making warps together -------------------------------------------
+
+// piece: of the tile's first, the next one that is this warp's; then of the next tile's.
+template <ForwardConfig C, typename Shared>
+__device__ __forceinline__ void make_tile_bits(const ForwardParams& p, Shared& shared,
+                                               const RecipeArrays& arrays, const Item& item,
+                                               int tile, const Ring<C.bit_slots>& slots, int& piece,
+                                               int lane) {
+  constexpr int kPieces = 4 * C.word_groups();  // 32 columns each
+  const int first_row = item.row_tile * C.rows();
+#pragma unroll 1
+  for (; piece < kPieces; piece += kBitWarps) {
+    const int q = piece & 3, group = piece >> 2;
+    const int in_tile = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
+    const bool has_column = C.columns % 128 == 0 || in_tile < C.columns;
+    const int column = tile * C.columns + in_tile;
+    const bool exists = has_column && column < p.kv_len;
+    uint32_t words[2 * C.warpgroups] = {};
+    if constexpr (C.masks() != MaskPath::kMachine) {
+      int key = column;
+      if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
+      column_words<C.masks()>(p, arrays, key, first_row, exists, lane, words);
+    } else if (exists) {
+      const rules::Place place = mask_place(p, item.batch, item.head);
+      machine_words(p, place, rules::key_at(p.program, place, column), first_row, words);
+    }
+    if constexpr (!C.every_tile()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
+#pragma unroll
+    for (int w = 0; w < C.warpgroups; ++w) {
+      store_strip(words[2 * w], words[2 * w + 1], has_column, lane,
+                  &shared.bits[slots.slot].words[w][group][0][q],
+                  reinterpret_cast<uint8_t*>(&shared.bits[slots.slot].classes[w][group]) + q);
+    }
+    if constexpr (!C.every_tile()) {
+      __syncwarp();
+      if (lane == 0) shared.bits_full[slots.slot].arrive();
+    }
+  }
+  piece -= kPieces;
+}
+
 // ---- the story of a bit-making warp, `index` of kFillWarps --------------------------------------
 
 template <ForwardConfig C>
 __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<C>& shared,
                                           int index, int lane) {
-  constexpr int kPieces = 4 * C.word_groups();  // of a tile: 32 columns each
   Ring<kItemSlots> items;
   Ring<C.bit_slots> slots;
   int piece = index;  // the next one that is this warp's, counted from the tile's first
@@ -314,35 +349,7 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
           copy_bits(p, item, walker.tile, shared.bits[slots.slot], shared.bits_full[slots.slot]);
         }
       } else if (walker.is_partial) {
-#pragma unroll 1
-        for (; piece < kPieces; piece += kBitWarps) {
-          const int q = piece & 3, group = piece >> 2;
-          const int in_tile = group * 128 + 8 * (lane / 2) + 2 * q + (lane & 1);
-          const bool has_column = C.columns % 128 == 0 || in_tile < C.columns;
-          const int column = walker.tile * C.columns + in_tile;
-          const bool exists = has_column && column < p.kv_len;
-          uint32_t words[2 * C.warpgroups] = {};
-          if constexpr (C.masks() != MaskPath::kMachine) {
-            int key = column;
-            if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
-            column_words<C.masks()>(p, arrays, key, item_row, exists, lane, words);
-          } else if (exists) {
-            const rules::Place place = mask_place(p, item.batch, item.head);
-            machine_words(p, place, rules::key_at(p.program, place, column), item_row, words);
-          }
-          if constexpr (!C.every_tile()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
-#pragma unroll
-          for (int w = 0; w < C.warpgroups; ++w) {
-            store_strip(words[2 * w], words[2 * w + 1], has_column, lane,
-                        &shared.bits[slots.slot].words[w][group][0][q],
-                        reinterpret_cast<uint8_t*>(&shared.bits[slots.slot].classes[w][group]) + q);
-          }
-          if constexpr (!C.every_tile()) {
-            __syncwarp();
-            if (lane == 0) shared.bits_full[slots.slot].arrive();
-          }
-        }
-        piece -= kPieces;
+        make_tile_bits<C>(p, shared, arrays, item, walker.tile, slots, piece, lane);
       }
       const int first = C.every_tile() ? ptx::uniform(walker.tile) * C.columns : 0;
       if constexpr (C.has(kKeyBias)) {

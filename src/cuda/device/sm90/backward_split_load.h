@@ -1,0 +1,307 @@
+// The loading warp of the Hopper backward kernel that makes dQ apart from dK and dV.
+//
+// An item is a tile of 128 positions of a kv head. As rows they get dQ, under one query head after
+// the other; then, as keys, dK and dV. What a tile has itself, Q and dO as well as K and V, is
+// loaded once for both.
+#pragma once
+
+#include "cuda/device/ptx/registers.h"
+#include "cuda/device/ptx/tma.h"
+#include "cuda/device/sm90/backward_schedule.h"
+#include "cuda/device/sm90/backward_split_shared.h"
+#include "cuda/device/sm90/schedule.h"
+
+namespace anymask::cuda {
+
+template <SplitConfig C>
+struct SplitLoader {
+  using Shared = SplitShared<C>;
+
+  const SplitParams& p;
+  Shared& shared;
+  const int lane;
+
+  Ring<kPhaseSlots> phases;
+  Ring<kRequestSlots> requests;
+  SlotQueue slots;
+  uint32_t parity = 0;  // of slot_empty, a bit each
+
+  // 64 rows of Q and dO with their statistics, or 64 keys of K and V. Returns their slot.
+  template <bool kRows>
+  __device__ __forceinline__ int load(int first, int head, int batch, int row_tile, int about) {
+    // Uniform, as what says where to load from: else each copy sits in a loop over the lanes.
+    const int slot = ptx::uniform(slots.take());
+    shared.slot_empty[slot].wait(((parity >> slot) & 1) ^ 1);
+    parity ^= 1u << slot;
+    first = ptx::uniform(first);
+    if (ptx::elect_one()) {
+      shared.about[slot] = about;
+      ptx::Barrier& full = shared.slot_full[slot];
+      full.arrive_expect(Shared::kPairBytes + (kRows ? Shared::kStatBytes : 0));
+      const TensorMapBytes& inner = kRows ? p.keys.q : p.rows.k;
+      const TensorMapBytes& values = kRows ? p.keys.out_grad : p.rows.v;
+#pragma unroll
+      for (int slab = 0; slab < Shared::kSlabs; ++slab) {
+        ptx::load_box(shared.inner[slot][slab], &inner, full, slab * kSlabColumns, first, head,
+                      batch);
+      }
+#pragma unroll
+      for (int slab = 0; slab < Shared::kValueSlabs; ++slab) {
+        ptx::load_box(shared.values[slot][slab], &values, full, slab * kSlabColumns, first, head,
+                      batch);
+      }
+      if constexpr (kRows) {
+        ptx::load_bytes(shared.stats[slot],
+                        p.keys.stats + static_cast<int64_t>(row_tile) * (kBackwardRows * kRowStats),
+                        Shared::kStatBytes, full);
+      }
+    }
+    return slot;
+  }
+
+  __device__ __forceinline__ int load_keys(int tile, int half, int kv_head, int batch, int about) {
+    return load<false>(tile * Shared::kColumns + 64 * half, kv_head, batch, 0, about);
+  }
+
+  // row_tile: of the head's; partial: of its keys' step.
+  __device__ __forceinline__ int load_rows(int row_tile, int head, int batch, int partial) {
+    // Behind the last row there are no statistics, and nobody looks at them.
+    const int known = rules::min_of(row_tile, p.keys.row_tiles - 1);
+    return load<true>(row_tile * kBackwardRows, head, batch,
+                      (batch * p.keys.q_heads + head) * p.keys.row_tiles + known,
+                      row_tile << kPartialBits | partial);
+  }
+
+  __device__ __forceinline__ void publish(const SplitPhase& phase, const SplitTile& tile) {
+    shared.phase_empty[phases.slot].wait(phases.parity ^ 1);
+    if (lane == 0) {
+      shared.phases[phases.slot] = PublishedPhase(phase, tile);
+      shared.phase_full[phases.slot].arrive();
+    }
+    phases.next();
+  }
+
+  __device__ __forceinline__ void ask(const SplitRequest& request) {
+    shared.request_empty[requests.slot].wait(requests.parity ^ 1);
+    if (lane == 0) {
+      shared.requests[requests.slot] = request;
+      shared.request_full[requests.slot].arrive();
+    }
+    requests.next();
+  }
+
+  // What a tile's own keys meet of its own two row tiles.
+  struct OwnRows {
+    int met;         // a bit each
+    int partial[2];  // 0: all pairs are visible
+  };
+
+  __device__ __forceinline__ OwnRows own_rows_of(int tile, int batch, int head) {
+    OwnRows own = {0, {0, 0}};
+    const plan::TileMap& map = p.keys.columns;
+    if (tile >= map.outer_tiles || 2 * tile >= p.keys.row_tiles) return own;
+    const int64_t row = map_row(p.keys, map, mask_place(p.keys, batch, head), tile);
+    const int64_t word = row * map.words + tile / 16;
+    const int shift = 2 * tile % 32;
+    own.met = (map.visible[word] >> shift) & 3;
+    const int partial = (map.hidden[word] >> shift) & own.met;
+    // The first that is partial brings the keys' runs.
+    own.partial[0] = 2 * (partial & 1);
+    own.partial[1] = (partial & 2) == 0 ? 0 : partial == 3 ? 1 : 2;
+    return own;
+  }
+
+  // Whether the rows of a row item see a tile of keys.
+  __device__ __forceinline__ bool sees_tile(const Item& item, int key_tile) {
+    const plan::TileMap& map = p.rows.map;
+    const int row = 2 * item.row_tile;
+    const int64_t first = map_row(p.rows, mask_place(p.rows, item.batch, item.head), row);
+    const uint32_t* word = map.visible + first * map.words + key_tile / 32;
+    uint32_t tiles = word[0];
+    if (row + 1 < map.outer_tiles) tiles |= word[map.words];
+    return key_tile < map.inner_tiles && (tiles >> (key_tile % 32) & 1) != 0;
+  }
+
+  __device__ __forceinline__ Item row_item(int tile, int batch, int head) {
+    const int row = 2 * tile;
+    const int64_t first = map_row(p.rows, mask_place(p.rows, batch, head), row);
+    return {tile, batch, head,
+            count_union<C.rows().map_rows()>(p.rows, first, p.rows.map.outer_tiles - row)};
+  }
+
+  // A tile's slots that stay for its keys' turn.
+  struct Stays {
+    int rows[2];
+    int keys[2];
+    int rows_stay = 0;
+    bool keys_stay = false;
+  };
+
+  // dQ of a tile's rows under `head`. What the tile's keys meet of them stays for `own.met`, and so
+  // do the keys where keys_wait.
+  __device__ __forceinline__ Stays rows(int tile, int batch, int head, int kv_head,
+                                        const OwnRows& own, bool keys_wait) {
+    const Item item = row_item(tile, batch, head);
+    Stays stays;
+    SplitPhase phase = {SplitWork::kRows, 2 * item.count, 0, false};
+    if (item.count > 0) {
+      phase.rows_stay = own.met;
+      phase.keys_stay = keys_wait && sees_tile(item, tile);
+    }
+    publish(phase, {tile, batch, head});
+    if (item.count == 0) return stays;
+    stays.rows_stay = phase.rows_stay;
+    stays.keys_stay = phase.keys_stay;
+    stays.rows[0] = load_rows(2 * tile, head, batch, own.partial[0]);
+    stays.rows[1] = load_rows(2 * tile + 1, head, batch, own.partial[1]);
+
+    TileWalker<C.rows()> walker(p.rows, item);
+    bool fresh = true, own_partial = false;
+#pragma unroll 1
+    for (int i = 0; i <= item.count; ++i) {
+      int key_tile = tile;
+      bool partial = own_partial;
+      if (i < item.count) {
+        walker.next();
+        key_tile = ptx::uniform(walker.tile);
+        partial = walker.is_partial;
+        if (stays.keys_stay && key_tile == tile) {  // last, so that it is still there then
+          own_partial = partial;
+          continue;
+        }
+      } else if (!stays.keys_stay) {
+        break;
+      }
+      if (partial) {
+        ask({SplitWork::kRows, item, fresh, {key_tile, 0, {0, 0}, 0}});
+        fresh = false;
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int slot = load_keys(key_tile, half, kv_head, batch, partial);
+        stays.keys[half] = slot;
+        if (i < item.count) slots.put(slot);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if ((stays.rows_stay >> i & 1) == 0) slots.put(stays.rows[i]);
+    }
+    return stays;
+  }
+  // dK and dV of a tile's keys. `own`, `stays`: as they were for rows under the group's last head.
+  __device__ __forceinline__ void keys(const BackwardItem& item, const OwnRows& own,
+                                       const Stays& stays) {
+    const int tile = item.key_tile, last_head = item.first_head + p.keys.group_heads - 1;
+    publish({SplitWork::kKeys, item.steps, stays.rows_stay, stays.keys_stay},
+            {tile, item.batch, item.kv_head});
+    int own_keys[2] = {stays.keys[0], stays.keys[1]};
+    if (!stays.keys_stay) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        own_keys[half] = load_keys(tile, half, item.kv_head, item.batch, 0);
+      }
+    }
+#pragma unroll 1
+    for (int head = last_head; head >= item.first_head; --head) {
+      const rules::Place place = mask_place(p.keys, item.batch, head);
+      bool fresh = true;
+      // Returns the step's BackwardStep::partial.
+      const auto prepare = [&](int row_tile, bool partial) {
+        if (!partial) return 0;
+        if (fresh || !Shared::kHandsOverRuns) {
+          ask({SplitWork::kKeys, {0, 0, 0, 0}, 0, {tile, row_tile, place, fresh}});
+        }
+        const int needed = fresh ? 2 : 1;
+        fresh = false;
+        return needed;
+      };
+      int met_begin = 0, met_end = 0;  // what has been met first
+      if (head == last_head && stays.rows_stay != 0) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if ((stays.rows_stay >> i & 1) == 0) continue;
+          prepare(2 * tile + i, own.partial[i] != 0);
+          slots.put(stays.rows[i]);
+        }
+        met_begin = 2 * tile;
+        met_end = 2 * tile + 2;
+      }
+#pragma unroll 1
+      for (int part = 0; part < 2; ++part) {
+        const Span span = part == 0 ? Span{0, met_begin} : Span{met_end, p.keys.row_tiles};
+        for_each_row_tile<C.keys()>(p.keys, item, head, span, lane, [&](const RowTile& met) {
+          const int partial = prepare(met.tile, met.partial != 0);
+          slots.put(load_rows(met.tile, head, item.batch, partial));
+        });
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) slots.put(own_keys[half]);
+  }
+
+  // Item `index`: its key tile, or tile of rows behind the last key.
+  __device__ __forceinline__ BackwardItem item_of(int index) {
+    const BackwardParams& k = p.keys;
+    const int before_tail = k.pairs - k.tail;
+    const int first_pair = rules::min_of(index / (k.chunk * p.tiles) * k.chunk, before_tail);
+    const int pairs = first_pair < before_tail ? k.chunk : k.tail;
+    const int rest = index - first_pair * p.tiles;
+    const int rank = rest / pairs;
+    const int pair = first_pair + rest - rank * pairs;
+    const int batch = ptx::uniform(pair / k.kv_heads);
+    BackwardItem item = {rank, batch, ptx::uniform(pair - batch * k.kv_heads), 0, 0, 0};
+    item.first_head = item.kv_head * k.group_heads;
+    if (rank < k.columns.outer_tiles) {
+      const rules::Place place = mask_place(k, item.batch, item.first_head);
+      item.key_tile = k.columns.order[map_row(k, k.columns, place, rank)];
+    }
+    item.key_tile = ptx::uniform(item.key_tile);
+    return item;
+  }
+
+  // Row tiles that the item's keys meet, over all of the group's heads.
+  __device__ __forceinline__ int steps_of(const BackwardItem& item) {
+    int steps = 0;
+    for (int i = 0; i < p.keys.group_heads; ++i) {
+      const rules::Place place = mask_place(p.keys, item.batch, item.first_head + i);
+      steps += p.keys.columns.count[map_row(p.keys, p.keys.columns, place, item.key_tile)];
+    }
+    return steps;
+  }
+
+  __device__ __forceinline__ bool has_rows(const BackwardItem& item) {
+    return 2 * item.key_tile < p.keys.row_tiles;
+  }
+
+  // index: of the first item.
+  __device__ __forceinline__ void run(int index) {
+    while (index < p.keys.items) {
+      BackwardItem item = item_of(index);
+      int claimed = 0;
+      if (lane == 0) claimed = atomicAdd(p.keys.next_item, 1);
+      const int tile = item.key_tile;
+      const bool has_keys = tile < p.keys.columns.outer_tiles;
+      const int last_head = item.first_head + p.keys.group_heads - 1;
+      const OwnRows own = own_rows_of(tile, item.batch, last_head);
+      Stays stays;
+      if (has_rows(item)) {
+#pragma unroll 1
+        for (int head = item.first_head; head <= last_head; ++head) {
+          const bool last = head == last_head;
+          stays = rows(tile, item.batch, head, item.kv_head, last ? own : OwnRows{0, {0, 0}},
+                       last && has_keys);
+        }
+      }
+      if (has_keys) {
+        item.steps = steps_of(item);
+        keys(item, own, stays);
+      }
+      index = p.keys.blocks + __shfl_sync(0xffffffffu, claimed, 0);
+    }
+    publish({SplitWork::kNone, 0, 0, false}, {0, 0, 0});
+    ask({SplitWork::kNone, {0, 0, 0, 0}, 0, {0, 0, {0, 0}, 0}});
+  }
+};
+
+}  // namespace anymask::cuda
