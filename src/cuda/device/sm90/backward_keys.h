@@ -1,7 +1,7 @@
 // dK and dV of a tile of keys, in the Hopper backward kernel that makes dQ apart from them.
 //
 // A math warpgroup owns 64 keys, whose S^T, dP^T, dK and dV stay in registers while Q and dO go by,
-// 64 rows a step. As in backward_math.h, but for what another place makes of dS.
+// 64 rows a step. As in backward_math.h, but nobody else needs dS, so dV runs under it.
 #pragma once
 
 #include "cuda/device/sm90/backward_schedule.h"
@@ -44,6 +44,7 @@ struct KeyPhase {
   int own_rows = 0;  // a bit for each of the tile's own that is still to be met
   int slot = 0;      // of the step
   int about = 0;     // as SplitShared::about has it
+
   __device__ __forceinline__ int partial() const { return about & ((1 << kPartialBits) - 1); }
   __device__ __forceinline__ int row() const { return (about >> kPartialBits) * kBackwardRows; }
 

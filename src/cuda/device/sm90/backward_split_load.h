@@ -189,6 +189,7 @@ struct SplitLoader {
     }
     return stays;
   }
+
   // dK and dV of a tile's keys. `own`, `stays`: as they were for rows under the group's last head.
   __device__ __forceinline__ void keys(const BackwardItem& item, const OwnRows& own,
                                        const Stays& stays) {

@@ -19,9 +19,8 @@ enum class SplitWork : int32_t { kNone, kRows, kKeys };
 // kRows: two for the tile's own rows, unless there are no steps. Then one a step, which is free
 // again at once, but for the last two if keys_stay. At the end the own rows' are free, unless a bit
 // of rows_stay says otherwise.
-// kKeys: two for the tile's own keys, unless these stayed. Then the steps:
-// first the own rows that stayed, whose slots are free after that; the others as above. At the end
-// the own keys' are free.
+// kKeys: two for the tile's own keys, unless these stayed. Then the steps: first the own rows that
+// stayed, whose slots are free after that; the others as above. At the end the own keys' are free.
 struct SplitPhase {
   SplitWork work;  // kNone: no more
   int32_t steps;
@@ -85,6 +84,7 @@ struct SplitRequest {
 
 inline constexpr int kPhaseSlots = 4;
 inline constexpr int kRequestSlots = 8;
+
 template <SplitConfig C>
 struct SplitShared {
   static constexpr BackwardConfig kKeys = C.keys();
