@@ -70,6 +70,17 @@ def test_steps_that_show_a_warpgroup_nothing(columns, kv_heads):
               reference.intervals(indices, False, m), with_lse=True)  # fmt: skip
 
 
+@pytest.mark.parametrize(("m", "n"), [(190, 900), (900, 190)])
+def test_tiles_of_rows_or_keys_alone(m, n):
+    """Of what there is less, a tile behind the end has none."""
+    rng = np.random.default_rng(26)
+    batch = 4 * BATCH  # enough rows, though they are short
+    q, k, v = inputs(batch, m, n, (HEADS, HEADS), (128, 128))
+    q_ids, kv_ids = (np.sort(rng.integers(0, 5, (batch, x))).astype(np.int32) for x in (m, n))
+    check(q, k, v, am.documents(q_ids, kv_ids), reference.documents(q_ids, kv_ids))
+    check(q, k, v, am.causal(), reference.causal(m, n), with_lse=True)
+
+
 @pytest.mark.parametrize("kv_heads", [HEADS, HEADS // 4])
 @pytest.mark.parametrize("rows", [150, 250, 400])
 def test_documents_of_several_tiles(rows, kv_heads):
