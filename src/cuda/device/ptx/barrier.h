@@ -24,6 +24,12 @@ struct alignas(8) Barrier {
                  : "memory");
   }
 
+  // The same, once for a warp: when all its lanes are here.
+  __device__ __forceinline__ void arrive_warp(int lane) {
+    __syncwarp();
+    if (lane == 0) arrive();
+  }
+
   // One arrival that also announces `bytes` of bulk copies.
   __device__ __forceinline__ void arrive_expect(uint32_t bytes) {
     asm volatile(

@@ -66,11 +66,6 @@ __device__ __forceinline__ uint32_t word_of_ids(const BackwardParams& p, rules::
                     node.flag != 0);
 }
 
-__device__ __forceinline__ void arrive_bits(ptx::Barrier& barrier, int lane) {
-  __syncwarp();
-  if (lane == 0) barrier.arrive();
-}
-
 // What `request` asks for, by warp `index` of kWarps. Under MaskPath::kRuns runs, else bits, for
 // which runs are scratch. Unless every tile has kept pairs, `full` is told every 32 keys.
 template <BackwardConfig C, int kWarps>
@@ -94,7 +89,7 @@ __device__ __forceinline__ void make_tile_key_bits(const BackwardParams& p,
 #pragma unroll
         for (int i = 0; i < 6; ++i) runs.ends[i][key] = 0;
       }
-      arrive_bits(full, lane);
+      full.arrive_warp(lane);
       continue;
     }
     if constexpr (C.masks() == MaskPath::kRecipe) {
@@ -124,7 +119,7 @@ __device__ __forceinline__ void make_tile_key_bits(const BackwardParams& p,
       }
       bits[key][half] = word;
     }
-    if constexpr (!C.has(kDropout)) arrive_bits(full, lane);
+    if constexpr (!C.has(kDropout)) full.arrive_warp(lane);
   }
 }
 
@@ -142,7 +137,7 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
     if constexpr (C.has(kDropout)) {
       kept_pairs.make(p, shared, slots.slot, lane);
       if (C.baked() || ptx::uniform(shared.kept_requests[slots.slot].masked) == 0) {
-        arrive_bits(shared.bits_full[slots.slot], lane);
+        shared.bits_full[slots.slot].arrive_warp(lane);
         continue;
       }
     }
@@ -150,7 +145,7 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
     make_tile_key_bits<C, Shared::kKeyBitWarps>(p, request, shared.runs[kRuns ? slots.slot : 0],
                                                 shared.bits[kRuns ? 0 : slots.slot],
                                                 shared.bits_full[slots.slot], index, lane);
-    if constexpr (C.has(kDropout)) arrive_bits(shared.bits_full[slots.slot], lane);
+    if constexpr (C.has(kDropout)) shared.bits_full[slots.slot].arrive_warp(lane);
   }
 }
 

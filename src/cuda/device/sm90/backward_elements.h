@@ -151,6 +151,17 @@ __device__ __forceinline__ void load_fragments(uint32_t address,
   }
 }
 
+// 64 columns of a warp's 16 keys of dK or dV, times scale.
+template <bool kHalf, int kCount>
+__device__ __forceinline__ void pack_slab(const float (&grad)[kCount], int slab, float scale,
+                                          uint32_t (&packed)[kPieceValues / 2]) {
+#pragma unroll
+  for (int i = 0; i < kPieceValues; i += 2) {
+    const int at = kPieceValues * slab + i;
+    packed[i / 2] = pack_pair<kHalf>(grad[at] * scale, grad[at + 1] * scale);
+  }
+}
+
 // A warp's 16 keys of dK or dV, from `first_key` on: 64 columns at a time through `staged` and the
 // copy engine, which costs a third of what stores from registers do.
 template <bool kHalf, int kDepth>
@@ -160,11 +171,7 @@ __device__ __forceinline__ void store_through(uint8_t* staged, const TensorMapBy
 #pragma unroll
   for (int slab = 0; slab < kDepth / kSlabColumns; ++slab) {
     uint32_t packed[kPieceValues / 2];
-#pragma unroll
-    for (int i = 0; i < kPieceValues; i += 2) {
-      const int at = kPieceValues * slab + i;
-      packed[i / 2] = pack_pair<kHalf>(grad[at] * scale, grad[at + 1] * scale);
-    }
+    pack_slab<kHalf>(grad, slab, scale, packed);
     if (lane == 0) ptx::bulk_wait_read<0>();
     __syncwarp();
     store_fragments(fragment_address(staged, 0, lane), packed);

@@ -14,12 +14,11 @@ struct KeyPhase {
   using Shared = SplitShared<C>;
   static constexpr BackwardConfig kKeys = C.keys();
   static constexpr bool kHalf = kKeys.half != 0;
-  static constexpr int kRunSlots = kKeys.bit_slots;
 
   const SplitParams& p;
   Shared& shared;
   SplitPlace<C>& at;
-  Ring<kRunSlots>& bit_ring;
+  Ring<kKeys.bit_slots>& bit_ring;
   int& run_slot;  // where the runs of the item's keys are, or -1
 
   // S^T or dP^T with what the rows' statistics add to it: units 0 or 1.
@@ -50,7 +49,7 @@ struct KeyPhase {
 
   // The runs of a new head's rows.
   __device__ __forceinline__ void take_runs() {
-    if (run_slot >= 0) at.arrive(shared.key_bits_empty[run_slot]);
+    if (run_slot >= 0) shared.key_bits_empty[run_slot].arrive_warp(at.lane);
     run_slot = bit_ring.slot;
     shared.key_bits_full[run_slot].wait(bit_ring.parity);
     bit_ring.next();
@@ -113,7 +112,7 @@ struct KeyPhase {
       } else {
         shared.key_bits_full[bit_ring.slot].wait(bit_ring.parity);
         read_words(shared.key_bits[bit_ring.slot], key, at.lane % 4, words);
-        at.arrive(shared.key_bits_empty[bit_ring.slot]);
+        shared.key_bits_empty[bit_ring.slot].arrive_warp(at.lane);
         bit_ring.next();
       }
       hide(scores, words);
@@ -143,11 +142,7 @@ struct KeyPhase {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       uint32_t packed[kPieceValues / 2];
-#pragma unroll
-      for (int i = 0; i < kPieceValues; i += 2) {
-        const int value = kPieceValues * slab + i;
-        packed[i / 2] = pack_pair<kHalf>(grad[value] * scale, grad[value + 1] * scale);
-      }
+      pack_slab<kHalf>(grad, slab, scale, packed);
       store_fragments(fragment_address(slot[slab], 16 * at.warp, at.lane), packed);
     }
   }

@@ -43,12 +43,6 @@ struct BackwardMath {
   int run_slot = -1;      // where the runs of the item's keys are
   ScoreOptionsOfThread<C> options{p, shared, 64 * w + 16 * warp + lane / 4, lane};
 
-  // One arrival a warp.
-  __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
-    __syncwarp();
-    if (lane == 0) barrier.arrive();
-  }
-
   // The two math warpgroups issue their products in turns, so that one computes while the other's
   // products run. Left alone they fall into step: the tensor cores serve both alike, and then both
   // compute.
@@ -112,7 +106,7 @@ struct BackwardMath {
   // ---- between the products ---------------------------------------------------------------------
 
   __device__ __forceinline__ void take_runs() {
-    if (run_slot >= 0) arrive(shared.bits_empty[run_slot]);
+    if (run_slot >= 0) shared.bits_empty[run_slot].arrive_warp(lane);
     run_slot = bit_ring.slot;
     shared.bits_full[run_slot].wait(bit_ring.parity);
     bit_ring.next();
@@ -142,7 +136,7 @@ struct BackwardMath {
         shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
         read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
         if constexpr (C.baked()) any = any_of(words);
-        arrive(shared.bits_empty[bit_ring.slot]);
+        shared.bits_empty[bit_ring.slot].arrive_warp(lane);
         bit_ring.next();
       }
       if (any) {
@@ -165,7 +159,7 @@ struct BackwardMath {
     if constexpr (C.features != 0) {
       options.differentiate(weight_grads, weights, stage, bit_ring.slot, slopes);
       if constexpr (C.has(kDropout)) {
-        arrive(shared.bits_empty[bit_ring.slot]);
+        shared.bits_empty[bit_ring.slot].arrive_warp(lane);
         bit_ring.next();
       }
       return;
@@ -182,7 +176,7 @@ struct BackwardMath {
     store_fragments(fragment_address(shared.slopes[slope_ring.slot], 64 * w + 16 * warp, lane),
                     slopes);
     ptx::fence_async_shared();
-    arrive(shared.slopes_full[slope_ring.slot]);
+    shared.slopes_full[slope_ring.slot].arrive_warp(lane);
     slope_ring.next();
   }
 
@@ -245,7 +239,7 @@ struct BackwardMath {
                                               uint32_t (&weights)[kPieceValues / 2], int slot) {
     ptx::pin(weights);
     ptx::pin(v_grad);
-    arrive(shared.out_grad_empty[slot]);
+    shared.out_grad_empty[slot].arrive_warp(lane);
     if constexpr (C.o_stages != C.q_stages) o_ring.next();
   }
 
@@ -277,7 +271,7 @@ struct BackwardMath {
     ptx::wgmma_wait<0>();
     ptx::pin(piece);
     take_v_grad(v_grad, weights, o_place.slot);
-    if constexpr (!kMore) arrive(shared.v_empty);
+    if constexpr (!kMore) shared.v_empty.arrive_warp(lane);
     make_slopes(piece, weights, now, slopes);
     publish_slopes(slopes);
     if constexpr (kMore) shared.q_full[q_ring.slot].wait(q_ring.parity);
@@ -292,7 +286,7 @@ struct BackwardMath {
       ptx::pin(k_grad);
       ptx::pin(slopes);
       options.end_step();
-      arrive(shared.q_empty[now]);
+      shared.q_empty[now].arrive_warp(lane);
     }
   }
 
@@ -322,13 +316,13 @@ struct BackwardMath {
     const int last = q_ring.slot;
     one_step<false>(piece, k_grad, v_grad);
     options.end_head();
-    arrive(shared.k_empty[k_ring.slot]);
+    shared.k_empty[k_ring.slot].arrive_warp(lane);
     k_ring.next();
     store_v_grad(item, v_grad);
     ptx::wgmma_wait<0>();
     ptx::pin(k_grad);
     options.end_step();
-    arrive(shared.q_empty[last]);
+    shared.q_empty[last].arrive_warp(lane);
   }
 
   // ---- the story --------------------------------------------------------------------------------
@@ -342,7 +336,7 @@ struct BackwardMath {
                                ptx::uniform(slot.steps),
                                0,
                                0};
-    arrive(shared.item_empty[items.slot]);
+    shared.item_empty[items.slot].arrive_warp(lane);
     items.next();
     return item;
   }

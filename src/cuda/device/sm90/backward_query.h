@@ -26,11 +26,6 @@ struct BackwardQuery {
   Ring<C.k_stages> k_ring;
   uint32_t done = 0;  // steps; says where every ring is, since registers are few
 
-  __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
-    __syncwarp();
-    if (lane == 0) barrier.arrive();
-  }
-
   __device__ __forceinline__ void issue(float (&q_grad)[kPart / 2], uint32_t a, uint32_t b) {
     ptx::pin(q_grad);
     ptx::wgmma_fence();
@@ -57,13 +52,13 @@ struct BackwardQuery {
       issue(q_grad, a, ptx::lower_mn_major(shared.k[k_ring.slot][part], kKeySlabBytes));
       ptx::wgmma_wait<0>();
       ptx::pin(q_grad);
-      if (part == C.parts() - 1) arrive(shared.slopes_empty[slot]);
+      if (part == C.parts() - 1) shared.slopes_empty[slot].arrive_warp(lane);
       if (C.has_turns() && part == 0) {
         shared.turn_full[done % kTurnSlots].wait(done / kTurnSlots & 1);
       }
       sums.add(step, item.batch, part, q_grad);
     }
-    if constexpr (C.has_turns()) arrive(shared.turn_used[done % kTurnSlots]);
+    if constexpr (C.has_turns()) shared.turn_used[done % kTurnSlots].arrive_warp(lane);
     ++done;
   }
 
@@ -74,13 +69,13 @@ struct BackwardQuery {
       shared.item_full[items.slot].wait(items.parity);
       const BackwardItem& slot = shared.items[items.slot];
       const BackwardItem item = {0, ptx::uniform(slot.batch), 0, ptx::uniform(slot.steps), 0};
-      arrive(shared.item_empty[items.slot]);
+      shared.item_empty[items.slot].arrive_warp(lane);
       if (item.steps < 0) break;
       if (item.steps == 0) continue;
         // K is there: dS was made with it.
 #pragma unroll 1
       for (int t = 0; t < item.steps; ++t) one_step(item, sums);
-      arrive(shared.k_empty[k_ring.slot]);
+      shared.k_empty[k_ring.slot].arrive_warp(lane);
       k_ring.next();
     }
   }

@@ -43,7 +43,7 @@ struct RowPhase {
     }
     all |= all >> 16;
     all |= all >> 8;
-    at.arrive(shared.bits_empty[bits.slot]);
+    shared.bits_empty[bits.slot].arrive_warp(at.lane);
     bits.next();
     if (live) classes = ptx::uniform(all & 15);
   }

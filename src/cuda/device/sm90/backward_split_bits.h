@@ -40,8 +40,7 @@ __device__ __forceinline__ void make_split_bits(const SplitParams& p, SplitShare
                                               shared.key_bits_full[key_slots.slot], index, lane);
       key_slots.next();
     }
-    __syncwarp();
-    if (lane == 0) shared.request_empty[requests.slot].arrive();
+    shared.request_empty[requests.slot].arrive_warp(lane);
   }
 }
 

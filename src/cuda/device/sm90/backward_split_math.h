@@ -25,12 +25,6 @@ struct SplitPlace {
   int rows = 0, keys = 0;  // the two slots of the tile's own, 8 bits each
   int leaving = 0;         // the keys' of the tile before, if what leaves may still be read; or 0
 
-  // One arrival a warp.
-  __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
-    __syncwarp();
-    if (lane == 0) barrier.arrive();
-  }
-
   __device__ __forceinline__ SplitPhase begin_phase() {
     shared.phase_full[phases.slot].wait(phases.parity);
     return shared.phases[phases.slot].unpacked();
@@ -42,7 +36,7 @@ struct SplitPlace {
   }
 
   __device__ __forceinline__ void end_phase() {
-    arrive(shared.phase_empty[phases.slot]);
+    shared.phase_empty[phases.slot].arrive_warp(lane);
     phases.next();
   }
 
@@ -53,7 +47,7 @@ struct SplitPlace {
   }
 
   // Gives it back. All that is in it must have come, even if it was not needed.
-  __device__ __forceinline__ void release(int slot) { arrive(shared.slot_empty[slot]); }
+  __device__ __forceinline__ void release(int slot) { shared.slot_empty[slot].arrive_warp(lane); }
 
   __device__ __forceinline__ int take_both() {
     const int first = slots.take(), second = slots.take();

@@ -87,8 +87,6 @@ inline constexpr int kRequestSlots = 8;
 
 template <SplitConfig C>
 struct SplitShared {
-  static constexpr BackwardConfig kKeys = C.keys();
-  static constexpr ForwardConfig kRows = C.rows();
   static constexpr int kSlabs = C.keys().depth / kSlabColumns;
   static constexpr int kValueSlabs = C.keys().value_depth / kSlabColumns;
   static constexpr int kSlabBytes = 64 * kSlabRowBytes;

@@ -43,11 +43,6 @@ struct BackwardWide {
   // Warpgroup 1 has the logits' gradients. What 0 puts aside is for the same thread of 1.
   ScoreOptionsOfThread<C> options{p, shared, 16 * warp + lane / 4, lane};
 
-  __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
-    __syncwarp();
-    if (lane == 0) barrier.arrive();
-  }
-
   // ---- products ---------------------------------------------------------------------------------
 
   // Warpgroup 0: S = K Q^T. Warpgroup 1: dP = V dO^T.
@@ -107,7 +102,7 @@ struct BackwardWide {
   // ---- between the products ---------------------------------------------------------------------
 
   __device__ __forceinline__ void take_runs() {
-    if (run_slot >= 0) arrive(shared.bits_empty[run_slot]);
+    if (run_slot >= 0) shared.bits_empty[run_slot].arrive_warp(lane);
     run_slot = bit_ring.slot;
     shared.bits_full[run_slot].wait(bit_ring.parity);
     bit_ring.next();
@@ -135,7 +130,7 @@ struct BackwardWide {
         shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
         read_words(shared.bits[bit_ring.slot], key, lane % 4, words);
         if constexpr (C.baked()) any = any_of(words);
-        arrive(shared.bits_empty[bit_ring.slot]);
+        shared.bits_empty[bit_ring.slot].arrive_warp(lane);
         bit_ring.next();
       }
       if (any) {
@@ -146,7 +141,7 @@ struct BackwardWide {
     }
     if constexpr (C.has(kDropout)) {
       options.drop(piece, bit_ring.slot);
-      arrive(shared.bits_empty[bit_ring.slot]);
+      shared.bits_empty[bit_ring.slot].arrive_warp(lane);
       bit_ring.next();
     }
     uint32_t packed[kPieceValues / 2];
@@ -176,7 +171,7 @@ struct BackwardWide {
       if constexpr (C.has(kDropout)) shared.bits_full[bit_ring.slot].wait(bit_ring.parity);
       options.differentiate(piece, weights, stage, bit_ring.slot, slopes);
       if constexpr (C.has(kDropout)) {
-        arrive(shared.bits_empty[bit_ring.slot]);
+        shared.bits_empty[bit_ring.slot].arrive_warp(lane);
         bit_ring.next();
       }
     }
@@ -216,14 +211,14 @@ struct BackwardWide {
     issue_grad(k_grad, shared.slopes[0], shared.q[q_slot]);
     ptx::wgmma_wait<1>();  // all but dK
     ptx::pin(q_grad);
-    if (w == 1) arrive(shared.weights_empty);
-    arrive(shared.out_grad_empty[o_slot]);
+    if (w == 1) shared.weights_empty.arrive_warp(lane);
+    shared.out_grad_empty[o_slot].arrive_warp(lane);
     // Turns and tiles of Q go round together: no registers for another ring.
     static_assert(C.q_stages == kTurnSlots);
     if constexpr (C.has_turns())
       shared.turn_full[q_slot].wait(q_ring.parity ^ (q_slot == kTurnSlots - 1 ? 1 : 0));
     sums.add(step, item.batch, w, q_grad);
-    if constexpr (C.has_turns()) arrive(shared.turn_used[q_slot]);
+    if constexpr (C.has_turns()) shared.turn_used[q_slot].arrive_warp(lane);
     if constexpr (kMore) {
       issue_piece(piece);
       ptx::wgmma_wait<1>();  // dK
@@ -232,7 +227,7 @@ struct BackwardWide {
       ptx::pin(v_grad);
     }
     ptx::pin(k_grad);
-    arrive(shared.q_empty[q_slot]);
+    shared.q_empty[q_slot].arrive_warp(lane);
   }
 
   __device__ __forceinline__ void begin_options() {
@@ -255,8 +250,8 @@ struct BackwardWide {
     for (int t = 1; t < item.steps; ++t) one_step<true>(item, sums, piece, k_grad, v_grad);
     one_step<false>(item, sums, piece, k_grad, v_grad);
     if (w == 1) options.end_head();
-    arrive(shared.k_empty[0]);
-    arrive(shared.v_empty);
+    shared.k_empty[0].arrive_warp(lane);
+    shared.v_empty.arrive_warp(lane);
   }
 
   __device__ __forceinline__ void store(const BackwardItem& item, const float (&k_grad)[kPart / 2],
@@ -284,7 +279,7 @@ struct BackwardWide {
       const BackwardItem& slot = shared.items[items.slot];
       const BackwardItem item = {ptx::uniform(slot.key_tile), ptx::uniform(slot.batch),
                                  ptx::uniform(slot.kv_head), ptx::uniform(slot.steps), 0};
-      arrive(shared.item_empty[items.slot]);
+      shared.item_empty[items.slot].arrive_warp(lane);
       if (item.steps < 0) break;
       float k_grad[kPart / 2], v_grad[kPart / 2];
 #pragma unroll

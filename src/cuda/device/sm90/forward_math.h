@@ -42,12 +42,6 @@ struct MathWarp {
   RowState rows;
   PairBias<C.half != 0, C.has(kBiasTiles)> bias;
 
-  // One arrival a warp.
-  __device__ __forceinline__ void arrive(ptx::Barrier& barrier) {
-    __syncwarp();
-    if (lane == 0) barrier.arrive();
-  }
-
   // ---- products ---------------------------------------------------------------------------------
 
   // Q K^T of kColumns keys from first_column on.
@@ -74,9 +68,9 @@ struct MathWarp {
 
   // After the last Q K^T of an item its next Q may come, while this one's softmax still runs.
   __device__ __forceinline__ void release_keys(bool last) {
-    arrive(shared.k_empty[k_ring.slot]);
+    shared.k_empty[k_ring.slot].arrive_warp(lane);
     k_ring.next();
-    if (last) arrive(shared.q_empty[w]);
+    if (last) shared.q_empty[w].arrive_warp(lane);
   }
 
   // Sixteens [begin, end) of the keys of P V. `started`: out holds something to add to.
@@ -95,7 +89,7 @@ struct MathWarp {
   }
 
   __device__ __forceinline__ void release_values() {
-    arrive(shared.v_empty[v_ring.slot]);
+    shared.v_empty[v_ring.slot].arrive_warp(lane);
     v_ring.next();
   }
 
@@ -383,7 +377,7 @@ struct MathWarp {
       const Item& slot = shared.items[items.slot];
       const Item item = {ptx::uniform(slot.row_tile), ptx::uniform(slot.batch),
                          ptx::uniform(slot.head), ptx::uniform(slot.count)};
-      arrive(shared.item_empty[items.slot]);
+      shared.item_empty[items.slot].arrive_warp(lane);
       if (item.count < 0) break;
 
       const int first_row = item.row_tile * C.rows() + 64 * w;

@@ -307,8 +307,7 @@ __device__ __forceinline__ void make_tile_bits(const ForwardParams& p, Shared& s
                   reinterpret_cast<uint8_t*>(&shared.bits[slots.slot].classes[w][group]) + q);
     }
     if constexpr (!C.every_tile()) {
-      __syncwarp();
-      if (lane == 0) shared.bits_full[slots.slot].arrive();
+      shared.bits_full[slots.slot].arrive_warp(lane);
     }
   }
   piece -= kPieces;
@@ -363,13 +362,11 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
         make_kept<C>(p, dropout, order, item_row, first, index, lane, shared.kept[slots.slot]);
       }
       if constexpr (C.whole_slots()) {
-        __syncwarp();
-        if (lane == 0) shared.bits_full[slots.slot].arrive();
+        shared.bits_full[slots.slot].arrive_warp(lane);
       }
       slots.next();
     }
-    __syncwarp();
-    if (lane == 0) shared.item_empty[items.slot].arrive();
+    shared.item_empty[items.slot].arrive_warp(lane);
   }
 }
 

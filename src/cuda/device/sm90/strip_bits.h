@@ -48,8 +48,7 @@ struct StripBits {
   }
 
   __device__ __forceinline__ void give_back() {
-    __syncwarp();
-    if (lane == 0) shared.bits_empty[ring.slot].arrive();
+    shared.bits_empty[ring.slot].arrive_warp(lane);
     ring.next();
   }
 
