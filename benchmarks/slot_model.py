@@ -1,4 +1,5 @@
-"""Whether warps of the backward that makes dQ apart can wait for each other for ever: a model.
+"""Whether warps of the backward that makes dQ apart can wait for each other for ever, or one
+overwrites what another still reads: a model.
 
 It is of the slots in src/cuda/device/sm90/backward_split_shared.h (SplitPhase, SlotQueue), and
 needs no GPU.
@@ -7,8 +8,8 @@ needs no GPU.
     python benchmarks/slot_model.py --cases 20000
 
 The loading warp and two math warpgroups are coroutines that wait for slots to be filled and given
-back, in random order. Each rule below was missing once, and hung on a GPU; without it the model
-hangs too. docs/kernels/backward.md tells of them.
+back, in random order. Each rule below was missing once, and hung on a GPU or gave wrong results;
+without it the model fails too. docs/kernels/backward.md tells of them.
 """
 
 from __future__ import annotations
@@ -29,10 +30,12 @@ PATIENCE = 100  # rounds in which nobody gets any further
 
 @dataclass(frozen=True)
 class Rules:
-    """What a warpgroup does before it looks for a step beyond one that shows it nothing."""
+    """What a warpgroup does before it looks for a step beyond one that shows it nothing; and before
+    it puts dK and dV where K and V were."""
 
     gives_back_its_slot: bool = True  # of the step before, which it would hold until the next
     returns_keys: bool = True  # the slots from which dK and dV of the tile before leave
+    awaits_readers: bool = True  # the other warpgroup's rows, which read K and V of the tile too
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Model:
         default_factory=lambda: [[0] * SLOTS for _ in range(WARPGROUPS)]
     )
     ended: list[int] = field(default_factory=lambda: [0] * WARPGROUPS)  # phases
+    overwritten: bool = False  # something that was still to be read
 
     def load(self, queue: SlotQueue) -> Generator[None, None, int]:
         slot = queue.take()
@@ -202,6 +206,10 @@ class Model:
                 if not phase.keys_stay:
                     keys = yield from take_own()
                 yield from walk(phase)
+                if phase.keys_stay:
+                    while self.rules.awaits_readers and min(self.ended) < number:
+                        yield
+                    self.overwritten |= min(self.ended) < number
                 leaving = list(keys)
                 for slot in keys:
                     queue.put(slot)
@@ -217,8 +225,9 @@ class Model:
                 return_keys()
             self.ended[w] = number + 1
 
-    def hangs(self) -> bool:
-        """Runs all three by turns of random length. Whether they stop before their ends."""
+    def fails(self) -> bool:
+        """Runs all three by turns of random length. Whether they stop before their ends, or what
+        was still to be read was overwritten."""
         running = [self.loader(), *(self.warpgroup(w) for w in range(WARPGROUPS))]
         idle = 0
         while running and idle < PATIENCE:
@@ -232,15 +241,15 @@ class Model:
                         break
             after = (self.filled, self.returned, self.published, self.ended)
             idle = idle + 1 if before == after else 0
-        return bool(running)
+        return bool(running) or self.overwritten
 
 
-def count_hanging(cases: int, rules: Rules, seed: int = 0) -> int:
-    """Of so many random lists of phases, those that hang."""
+def count_failing(cases: int, rules: Rules, seed: int = 0) -> int:
+    """Of so many random lists of phases, those that hang or overwrite what is still to be read."""
     count = 0
     for case in range(cases):
         rng = random.Random(f"{seed} {case}")
-        count += Model(random_phases(rng), rules, rng).hangs()
+        count += Model(random_phases(rng), rules, rng).fails()
     return count
 
 
@@ -249,14 +258,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=int, default=2000, help="random masks for each line")
     parser.add_argument("--seed", type=int, default=0)
     settings = parser.parse_args(arguments)
-    table = Table("rules", "hang", title=f"of {settings.cases} random masks")
+    table = Table("rules", "fail", title=f"of {settings.cases} random masks")
     lines = {
         "as they are": Rules(),
         "a slot is held until the next visible step": Rules(gives_back_its_slot=False),
         "K and V are returned at the next visible step": Rules(returns_keys=False),
+        "dK and dV are put away as soon as they are made": Rules(awaits_readers=False),
     }
     for name, rules in lines.items():
-        table.add_row(name, str(count_hanging(settings.cases, rules, settings.seed)))
+        table.add_row(name, str(count_failing(settings.cases, rules, settings.seed)))
     common.console_of(100).print(table)
 
 

@@ -37,8 +37,7 @@ constexpr int kPrepareThreads = 256;
 
 // ---- variants -----------------------------------------------------------------------------------
 
-// row_numbers: of prepare.
-KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool row_numbers = false) {
+KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
   const bool main = &family == &kMain;
   if (!main) {  // only what these two look at, so that variants share them
     BackwardConfig few{};
@@ -47,7 +46,6 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c, bool ro
     few.value_depth = c.value_depth;
     few.chained = c.has_turns() ? kOrdered : kUnchained;
     few.wide = c.wide;
-    if (row_numbers) few.features = kRowNumbers;
     c = few;
   }
   KernelConfig config;
@@ -75,7 +73,6 @@ struct Workspace {
   int64_t bytes;                             // the size of all
 
   Workspace(const Problem& problem, const BackwardConfig& c, const ScoreGradients& gradients) {
-    const bool numbers = gradients.row_numbers() || may_split(problem, c);
     const int64_t row_tiles = problem.batch * problem.q_heads * row_tiles_of(problem.q_len);
     const int64_t keys = c.adds_keys == 0 ? 0
                                           : problem.batch * problem.kv_heads * c.columns() *
@@ -87,7 +84,7 @@ struct Workspace {
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
     key_sum_bytes = keys * (c.depth + c.value_depth) * 4;
-    row_numbers = take(numbers ? row_tiles * kBackwardRows * 8 : 0);
+    row_numbers = take(gradients.row_numbers() ? row_tiles * kBackwardRows * 8 : 0);
     key_sums = take(gradients.key_bytes());
     pair_sums = take(gradients.pair_bytes());
     bytes = used_;
@@ -219,8 +216,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
   const bool splits = may_split(problem, config);
-  const bool numbers = gradients.row_numbers() || splits;
-  const KernelConfig prepare_config = kernel_config(kPrepare, config, numbers);
+  const KernelConfig prepare_config = kernel_config(kPrepare, config);
   const KernelConfig main_config = kernel_config(kMain, config);
   const KernelConfig finish_config = kernel_config(kFinish, config);
   const KernelConfig split_config = splits ? backward_split_kernel(call, config) : KernelConfig{};
@@ -251,7 +247,6 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   if (splits) {
     const Chunks chunks = chunks_of(problem.batch * problem.kv_heads);
     params.choice = split_choice(call, config, chunks, gpu(ordinal));
-    params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
   }
   const auto clear = [&](void* from, int64_t bytes) {
     check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(from), 0,
@@ -329,7 +324,6 @@ std::vector<KernelConfig> backward_kernels() {
         const BackwardConfig c =
             backward_variant(depth, value_depth, half, MaskPath::kRuns, chained);
         all.push_back(kernel_config(kPrepare, c));
-        all.push_back(kernel_config(kPrepare, c, true));
         if (chained == kUnchained) all.push_back(kernel_config(kFinish, c));
         if (chained == kUnchained && depth <= 128) all.push_back(kernel_config(kKeyFinish, c));
         for (const int32_t features : kShippedFeatures) {

@@ -21,7 +21,7 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config);
 
 // Queues the kernel, which returns at once unless `params.choice` is to split. params: as the main
-// kernel has them, with row numbers.
+// kernel has them.
 void backward_split(const BackwardCall& call, const BackwardParams& params,
                     const BackwardConfig& config, int ordinal, CuStream stream);
 

@@ -36,7 +36,7 @@ struct BackwardConfig {
   int32_t load_registers;
   int32_t adds_keys;  // 1: query heads and segments of their rows are items of their own, and what
                       // they make of dK and dV is added up (backward_key_sums.h)
-  int32_t features;   // score options: kSoftcap and so on; of prepare: kRowNumbers
+  int32_t features;   // score options: kSoftcap and so on
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether math threads read rows' numbers in float32. A softcap comes between S and lse, and what
@@ -108,9 +108,6 @@ inline constexpr int kBiasTileSums = kBackwardRows * 128;
 constexpr bool ids_by_recipe(bool has_turns, int32_t features) {
   return !(has_turns && (features & kDropout) != 0);
 }
-
-// Of prepare: it leaves the rows' numbers in float32 too.
-inline constexpr int32_t kRowNumbers = 1;
 
 // The gradient of a bias of pairs: of q's type, or float32, which is added to. The last dimension
 // is contiguous; strides in elements, 0 where one entry serves all. With kBiasTiles float32 is in
@@ -205,8 +202,8 @@ struct BackwardParams {
   Numbers column_bias;  // by batch, head, key: added to scores.key_bias
   BiasGradient bias_grad;
   TensorMapBytes bias_map, bias_grad_map;  // with kBiasTiles: boxes of kBiasPieceKeys x 64 rows
-  float* row_numbers;                      // [row tile][2][64]: kLseOfRow, kSumOfRow
-  float* key_sums;  // [batch][q_heads][kv_len], of the logits' gradients; null: not wanted
+  float* row_numbers;  // [row tile][2][64]: kLseOfRow, kSumOfRow; null: nobody asks for them
+  float* key_sums;     // [batch][q_heads][kv_len], of the logits' gradients; null: not wanted
   // With a bias of pairs, the launch's pairs are first_pair + i * pair_step.
   int32_t first_pair;
   int32_t pair_step;

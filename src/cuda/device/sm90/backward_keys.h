@@ -238,6 +238,7 @@ struct KeyPhase {
       ptx::pin(slopes);
     }
     at.return_keys();
+    if (phase.keys_stay) at.await_keys_read();
     put_v_away(own, v_grad);
     put_k_away(own, k_grad);
     send(own);

@@ -4,6 +4,7 @@
 // keys a step. dQ of a step runs with the next S, under nothing that needs its registers.
 #pragma once
 
+#include "cuda/device/sm90/backward_row_stats.h"
 #include "cuda/device/sm90/backward_split_math.h"
 #include "cuda/device/sm90/backward_store.h"
 
@@ -28,7 +29,7 @@ struct RowPhase {
   uint32_t classes = 0;  // of the tile of 128 keys: visible and hidden pairs, two bits each
   uint32_t words[2] = {};
 
-  float lse[2], sum[2];  // of this thread's two rows: see BackwardParams::row_numbers
+  RowNumbers numbers[2];  // of this thread's two rows
 
   // Of a tile of 128 keys: what the mask leaves of it for this strip.
   __device__ __forceinline__ void take_mask(bool partial) {
@@ -105,7 +106,8 @@ struct RowPhase {
   __device__ __forceinline__ void weigh(float (&scores)[kPieceValues]) {
 #pragma unroll
     for (int i = 0; i < kPieceValues; ++i) {
-      scores[i] = ptx::exp2_fast(__fmaf_rn(scores[i], p.rows.scale_log2, -lse[(i / 2) % 2]));
+      scores[i] =
+          ptx::exp2_fast(__fmaf_rn(scores[i], p.rows.scale_log2, -numbers[(i / 2) % 2].lse));
     }
     if ((classes & 4) == 0) return;
 #pragma unroll
@@ -115,28 +117,19 @@ struct RowPhase {
     }
   }
 
-  __device__ __forceinline__ void read_row_numbers(const SplitTile& tile_of) {
-    const int64_t tile =
-        (static_cast<int64_t>(tile_of.batch) * p.keys.q_heads + tile_of.head) * p.keys.row_tiles +
-        2 * tile_of.tile + at.w;
-    const float* numbers =
-        p.keys.row_numbers + tile * (2 * kBackwardRows) + 16 * at.warp + at.lane / 4;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      lse[r] = numbers[kLseOfRow * kBackwardRows + 8 * r];
-      sum[r] = numbers[kSumOfRow * kBackwardRows + 8 * r];
-    }
-  }
-
   __device__ __forceinline__ void run(const SplitPhase& phase) {
     const SplitTile begun = at.tile_of_phase();
     live = begun.tile * kRows.rows() + 64 * at.w < p.keys.q_len;
     steps = phase.steps;
     if (steps > 0) {
-      if (live) read_row_numbers(begun);
       at.rows = at.take_both();
     }
     const int own = at.own(at.rows);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int row = 16 * at.warp + at.lane / 4 + 8 * r;
+      numbers[r] = read_stats<kHalf>(p.keys, shared.stats[own][row]);
+    }
 
     float scores[kPieceValues];         // S, then P
     float grads[kPieceValues];          // dP
@@ -157,9 +150,9 @@ struct RowPhase {
         ptx::pin(grads);
 #pragma unroll
         for (int i = 0; i < kPieceValues; i += 2) {
-          const int r = (i / 2) % 2;
-          slopes[i / 2] = pack_pair<kHalf>(scores[i] * (grads[i] - sum[r]),
-                                           scores[i + 1] * (grads[i + 1] - sum[r]));
+          const float sum = numbers[(i / 2) % 2].sum;
+          slopes[i / 2] =
+              pack_pair<kHalf>(scores[i] * (grads[i] - sum), scores[i + 1] * (grads[i + 1] - sum));
         }
         const int now = slot;
         const bool now_stays = stays;
@@ -184,6 +177,7 @@ struct RowPhase {
       ptx::pin(slopes);
     }
     at.return_keys();
+    if (phase.keys_stay) shared.keys_read.arrive_warp(at.lane);
     if (phase.steps > 0) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {

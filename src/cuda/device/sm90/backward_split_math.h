@@ -21,7 +21,7 @@ struct SplitPlace {
   const int lane;
   Ring<kPhaseSlots> phases;
   SlotQueue slots;
-  uint32_t parity = 0;     // of slot_full, a bit each
+  uint32_t parity = 0;     // of slot_full, a bit each, and above them of keys_read
   int rows = 0, keys = 0;  // the two slots of the tile's own, 8 bits each
   int leaving = 0;         // the keys' of the tile before, if what leaves may still be read; or 0
 
@@ -44,6 +44,12 @@ struct SplitPlace {
   __device__ __forceinline__ void wait_for(int slot) {
     shared.slot_full[slot].wait((parity >> slot) & 1);
     parity ^= 1u << slot;
+  }
+
+  // A warpgroup whose rows see little may be far ahead of the other, which still reads its keys.
+  __device__ __forceinline__ void await_keys_read() {
+    shared.keys_read.wait((parity >> kSplitSlots) & 1);
+    parity ^= 1u << kSplitSlots;
   }
 
   // Gives it back. All that is in it must have come, even if it was not needed.

@@ -107,6 +107,8 @@ struct SplitShared {
 
   ptx::Barrier slot_full[kSplitSlots], slot_empty[kSplitSlots];
   ptx::Barrier phase_full[kPhaseSlots], phase_empty[kPhaseSlots];
+  // All math warps' rows are done with the keys that stay: dK and dV may be put where these are.
+  ptx::Barrier keys_read;
   ptx::Barrier request_full[kRequestSlots], request_empty[kRequestSlots];
   ptx::Barrier bits_full[C.rows().bit_slots], bits_empty[C.rows().bit_slots];
   ptx::Barrier key_bits_full[C.keys().bit_slots], key_bits_empty[C.keys().bit_slots];
@@ -132,6 +134,7 @@ struct SplitShared {
       phase_full[s].init(1);
       phase_empty[s].init(kMathArrivals);
     }
+    keys_read.init(kMathArrivals);
     for (int s = 0; s < kRequestSlots; ++s) {
       request_full[s].init(1);
       request_empty[s].init(kBitWarps);

@@ -3,13 +3,10 @@
 
 #include "cuda/device/sm90/forward_config.h"
 #include "cuda/device/sm90/forward_shared.h"
+#include "cuda/device/sm90/mask_place.h"
 #include "rules/evaluate.h"
 
 namespace anymask::cuda {
-
-__device__ __forceinline__ rules::Place mask_place(const ForwardParams& p, int batch, int head) {
-  return {p.program.batches == 1 ? 0 : batch, head / (p.q_heads / p.program.heads)};
-}
 
 // The row of the tile map's arrays that belongs to a row tile.
 __device__ __forceinline__ int64_t map_row(const ForwardParams& p, rules::Place place,
