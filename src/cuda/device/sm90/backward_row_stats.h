@@ -13,11 +13,14 @@ namespace anymask::cuda {
 
 inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
 
+__device__ __forceinline__ float two_to(int exponent) {
+  return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
+}
+
 // What is left of `value` after its part in units of 2^exponent, which goes to `part`.
 template <bool kHalf>
 __device__ __forceinline__ float take_part(float value, int exponent, uint32_t& part) {
-  const float unit = __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
-  const float inverse = __uint_as_float(static_cast<uint32_t>(127 - exponent) << 23);
+  const float unit = two_to(exponent), inverse = two_to(-exponent);
   part = (kHalf ? ptx::pack_f16(value * inverse, 0.0f) : ptx::pack_bf16(value * inverse, 0.0f)) &
          0xffffu;
   return value - ptx::low_of<kHalf>(part) * unit;
@@ -61,17 +64,14 @@ __device__ __forceinline__ RowNumbers read_stats(const BackwardParams& p,
     const uint32_t pair = pairs[i / 2];
     return i % 2 == 0 ? ptx::low_of<kHalf>(pair) : ptx::high_of<kHalf>(pair);
   };
-  const auto unit = [](int exponent) {
-    return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
-  };
   float lse = 0.0f, sum = 0.0f;
 #pragma unroll
   for (int i = kLseParts - 1; i >= 0; --i) lse += part(i);
 #pragma unroll
   for (int i = kSumParts - 1; i >= 0; --i) {
-    sum = __fmaf_rn(part(kLseParts + i), unit(sum_exponent(i)), sum);
+    sum = __fmaf_rn(part(kLseParts + i), two_to(sum_exponent(i)), sum);
   }
-  return {-lse * unit(p.lse_exponent) * p.scale_log2, -sum};
+  return {-lse * two_to(p.lse_exponent) * p.scale_log2, -sum};
 }
 
 // The natural log and its gradient of a row: -infinity where it does not exist or sees nothing.
