@@ -84,7 +84,7 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
   // A row tile takes parts one after the other, each about a step after the one before, so a
   // chunk's chains take as long as its fullest row tile has parts, and its work 1 / blocks of its
   // tiles. That ratio is at most 1.5 for masks whose chains hardly wait (prefix_lm_document,
-  // random_eviction) and 1.7 where all key tiles meet the same few rows (causal_blockwise, 1.12
+  // random_eviction) and 1.7 where all key tiles meet the same few rows (causal_blockwise, 1.1
   // times as fast split, though chunk_of runs more pairs side by side there).
   constexpr double kMostRatio = 1.55;
   const int64_t group = call.q.shape[2] / call.k.shape[2];

@@ -8,10 +8,11 @@
 #include "cuda/device/ptx/matrix.h"
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/sm90/backward_config.h"
+#include "cuda/device/sm90/softmax.h"  // kMinusInfinity
 
 namespace anymask::cuda {
 
-inline constexpr float kInfinity = __builtin_bit_cast(float, 0x7f800000u);
+inline constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ float two_to(int exponent) {
   return __uint_as_float(static_cast<uint32_t>(127 + exponent) << 23);
@@ -30,7 +31,6 @@ __device__ __forceinline__ float take_part(float value, int exponent, uint32_t& 
 template <bool kHalf>
 __device__ __forceinline__ void store_stats(const BackwardParams& p, uint16_t* to, bool sees,
                                             float lse, float sum) {
-  constexpr float kLog2E = 1.4426950408889634f;
   constexpr float kHuge = 60000.0f;  // in fp16 too
   uint32_t parts[kRowStats] = {};
   if (sees) {
@@ -81,21 +81,21 @@ struct RowLse {
 
 // at: of [batch][q_heads][q_len].
 __device__ __forceinline__ RowLse read_lse(const BackwardParams& p, int64_t at, bool exists) {
-  return {exists ? p.lse[at] : -kInfinity, exists && p.lse_grad != nullptr ? p.lse_grad[at] : 0.0f};
+  return {exists ? p.lse[at] : kMinusInfinity,
+          exists && p.lse_grad != nullptr ? p.lse_grad[at] : 0.0f};
 }
 
 // Stores what is known of row `in_tile` of a row tile. sum: of dO O.
 template <bool kHalf>
 __device__ __forceinline__ void store_row(const BackwardParams& p, int64_t row_tile, int in_tile,
                                           const RowLse& of, float sum) {
-  const bool sees = of.lse > -kInfinity;
+  const bool sees = of.lse > kMinusInfinity;
   sum = sees ? sum - of.grad : 0.0f;
   store_stats<kHalf>(p, p.stats + (row_tile * kBackwardRows + in_tile) * kRowStats, sees, of.lse,
                      sum);
   if (p.row_numbers != nullptr) {
-    constexpr float kLog2E = 1.4426950408889634f;
     float* numbers = p.row_numbers + row_tile * (2 * kBackwardRows) + in_tile;
-    numbers[kLseOfRow * kBackwardRows] = sees ? of.lse * kLog2E : kInfinity;
+    numbers[kLseOfRow * kBackwardRows] = sees ? of.lse * kLog2E : -kMinusInfinity;
     numbers[kSumOfRow * kBackwardRows] = sum;
   }
 }

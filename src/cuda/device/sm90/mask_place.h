@@ -6,8 +6,7 @@
 
 namespace anymask::cuda {
 
-// Params: of the forward or the backward pass. Most masks have one head: two divisions saved, which
-// take 20 instructions each.
+// Params: of the forward or the backward pass. Most masks have one head, which saves two divisions.
 template <typename Params>
 __device__ __forceinline__ rules::Place mask_place(const Params& p, int batch, int head) {
   const int heads = p.program.heads;
