@@ -106,12 +106,11 @@ def apply_dynamic_mask_attention(
 def _scores(value: Any, dt_proj: Any, A: Any) -> Any:
     """s: float64 [batch, score heads, kv_len]. In float32, torch's softplus may differ in its last
     bit between one place of an array and another, and keys of equal dt would no longer tie."""
-    import torch
-    from torch.nn.functional import linear, softplus
+    from torch.nn.functional import softplus
 
-    # (dt_proj @ v with keys in columns would copy v once more.)
-    dt = linear(value.transpose(1, 2).flatten(2), dt_proj).transpose(1, 2)
-    return A[:, None] * softplus(dt.to(torch.float64, memory_format=torch.contiguous_format))
+    batch, heads, length, dim = value.shape
+    dt = dt_proj @ value.transpose(1, 2).reshape(batch, length, heads * dim).transpose(1, 2)
+    return A[:, None] * softplus(dt.double())
 
 
 def _linear_mask(
