@@ -33,13 +33,12 @@ constexpr KernelFamily kFinish = family("backward_finish", "cuda/device/sm90/bac
 constexpr KernelFamily kKeyFinish =
     family("backward_key_finish", "cuda/device/sm90/backward_key_sums.h",
            "anymask::cuda::backward_key_finish_kernel", false);
-constexpr int kPrepareThreads = 256;
 
 // ---- variants -----------------------------------------------------------------------------------
 
 KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
   const bool main = &family == &kMain;
-  if (!main) {  // only what these two look at, so that variants share them
+  if (!main) {  // only what the others look at, so that variants share them
     BackwardConfig few{};
     few.half = c.half;
     few.depth = c.depth;
@@ -55,11 +54,15 @@ KernelConfig kernel_config(const KernelFamily& family, BackwardConfig c) {
                    c.mask_path, c.math_registers, c.query_registers, c.load_registers, c.adds_keys,
                    c.features};
   config.count = 16;
-  config.threads = &family == &kKeyFinish ? 256
-                   : &family == &kFinish  ? 128 * c.parts()
-                   : main                 ? c.threads()
-                                          : kPrepareThreads;
-  config.shared_bytes = main ? c.shared_bytes() : 0;
+  if (main) {
+    config.threads = c.threads();
+    config.shared_bytes = c.shared_bytes();
+  } else if (&family == &kPrepare) {
+    config.threads = kPrepareThreads;
+    config.shared_bytes = prepare_shared_bytes(c.value_depth);
+  } else {
+    config.threads = &family == &kFinish ? 128 * c.parts() : 256;
+  }
   return config;
 }
 static_assert(sizeof(BackwardConfig) == 16 * sizeof(int32_t));
@@ -67,7 +70,8 @@ static_assert(sizeof(BackwardConfig) == 16 * sizeof(int32_t));
 // ---- workspace ----------------------------------------------------------------------------------
 
 struct Workspace {
-  int64_t q_sums, stats, turns, next_item;   // offsets
+  int64_t q_sums, stats, turns;  // offsets
+  int64_t next_item, known;
   int64_t k_sums, v_sums, key_sum_bytes;     // of dK and dV together
   int64_t row_numbers, key_sums, pair_sums;  // of score options
   int64_t bytes;                             // the size of all
@@ -81,6 +85,7 @@ struct Workspace {
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.has_turns() ? row_tiles * 4 : 0);
     next_item = take(4);
+    known = take((1 + problem.batch * problem.kv_heads) * 4);
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
     key_sum_bytes = keys * (c.depth + c.value_depth) * 4;
@@ -235,6 +240,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   params.stats = reinterpret_cast<uint16_t*>(workspace + layout.stats);
   params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
   params.next_item = reinterpret_cast<int32_t*>(workspace + layout.next_item);
+  params.known = reinterpret_cast<int32_t*>(workspace + layout.known);
   params.k_sums = reinterpret_cast<float*>(workspace + layout.k_sums);
   params.v_sums = reinterpret_cast<float*>(workspace + layout.v_sums);
   params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
@@ -254,9 +260,13 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
           "cuMemsetD32Async");
   };
 
-  const Grid row_tiles{static_cast<uint32_t>(tiles)};
+  // Blocks that stay, not one for each row tile: where there is nothing to do (params.splits()),
+  // those would take 11 us to say so.
+  const auto blocks_for_rows = [&](int each) {
+    return Grid{static_cast<uint32_t>(std::min(tiles, each * gpu(ordinal).multiprocessors))};
+  };
   if (tiles > 0) {
-    launch(prepare, row_tiles, stream, params);
+    launch(prepare, blocks_for_rows(8), stream, params);
   } else {
     clear(params.next_item, 4);
   }
@@ -280,10 +290,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     if (splits) backward_split(call, params, config, ordinal, stream);
   }
   if (tiles > 0 && !config.has_turns()) {
-    // As many blocks as run at a time: where they have nothing to do (params.splits()), one for
-    // each row tile takes 11 us to say so.
-    const auto blocks = static_cast<uint32_t>(std::min(tiles, 8 * gpu(ordinal).multiprocessors));
-    launch(kernel(finish_config, ordinal), {blocks}, stream, params);
+    launch(kernel(finish_config, ordinal), blocks_for_rows(8), stream, params);
   }
   if (layout.key_sum_bytes > 0) {
     const auto blocks = static_cast<uint32_t>(problem.batch * problem.kv_heads *

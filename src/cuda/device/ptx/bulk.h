@@ -1,5 +1,5 @@
-// Bulk copies of plain bytes (no tensor map): loads into shared memory, float32 sums out of it; and
-// the vector sum that needs no shared memory.
+// Copies of plain bytes (no tensor map): loads into shared memory, float32 sums out of it; and the
+// vector sum that needs no shared memory.
 #pragma once
 
 #include "cuda/device/ptx/barrier.h"
@@ -14,6 +14,24 @@ __device__ __forceinline__ void load_bytes(void* to, const void* from, uint32_t 
           "r"(shared_address(to)),
       "l"(from), "r"(bytes), "r"(shared_address(&barrier.state))
       : "memory");
+}
+
+// Copies 16 aligned bytes to shared memory, or zeros where there are none, in the caller's group of
+// copies. Nothing is kept in L1, of which there is little beside much shared memory.
+__device__ __forceinline__ void copy_sixteen(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(exists ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Until this thread's groups of copies are there, but for kPending of them.
+template <int kPending>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Adds `bytes` of floats in shared memory to floats in global memory, in the caller's bulk group.

@@ -167,6 +167,8 @@ struct BackwardParams {
   uint16_t* stats;  // [row tile][64][kRowStats]
   int32_t* turns;   // [row tile], chained: how many key tiles have added
   int32_t* next_item;
+  // dQ apart: how many row tiles have their statistics begun; then by kv head, how many made.
+  int32_t* known;
 
   int32_t batch;
   int32_t q_heads;
@@ -229,6 +231,15 @@ inline constexpr int kSumParts = 4;
 constexpr int sum_exponent(int part) {
   constexpr int kExponents[kSumParts] = {14, 4, -6, -14};
   return kExponents[part];
+}
+
+// What makes these numbers has blocks of 8 rows of O and dO in shared memory, so many bytes each.
+constexpr int row_stats_bytes(int value_depth) { return 2 * 8 * value_depth * 2; }
+// The kernel that makes them before the pass: four warps with so many blocks each.
+inline constexpr int kPrepareThreads = 128;
+constexpr int prepare_stages(int value_depth) { return value_depth > 128 ? 2 : 4; }
+constexpr int prepare_shared_bytes(int value_depth) {
+  return kPrepareThreads / 32 * prepare_stages(value_depth) * row_stats_bytes(value_depth);
 }
 
 }  // namespace anymask::cuda

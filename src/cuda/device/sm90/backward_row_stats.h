@@ -5,7 +5,9 @@
 // must not be infinite, since products with constants of 0 meet it too.
 #pragma once
 
+#include "cuda/device/ptx/bulk.h"
 #include "cuda/device/ptx/matrix.h"
+#include "cuda/device/ptx/mma.h"
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/sm90/backward_config.h"
 #include "cuda/device/sm90/softmax.h"  // kMinusInfinity
@@ -99,5 +101,123 @@ __device__ __forceinline__ void store_row(const BackwardParams& p, int64_t row_t
     numbers[kSumOfRow * kBackwardRows] = sum;
   }
 }
+
+// A warp makes the numbers of one row tile after another, and has the next rows on their way
+// meanwhile: kStages blocks of 8 rows of O and dO, in shared memory of its own. (Through registers
+// they would need as much of L1 until they are there. Beside 220 KiB of shared memory that is 28
+// KiB a multiprocessor, which then reads 30 GB/s.) Sums of dO O are the diagonals of products on
+// the tensor cores: in float32, and then over lanes, they are three times as many instructions.
+template <bool kHalf, int kDepth, int kStages>
+struct WarpRows {
+  static constexpr int kRows = 8;  // of a block
+  static constexpr int kBlocks = kBackwardRows / kRows;
+  static constexpr int kRowBytes = 2 * kDepth;
+  static constexpr int kTensorBytes = kRows * kRowBytes;
+  static constexpr int kStageBytes = row_stats_bytes(kDepth);
+  static_assert(kStageBytes == 2 * kTensorBytes && kBlocks / 2 % kStages == 0);
+
+  const BackwardParams& p;
+  const int lane;
+  uint8_t* const stages;
+  // What is asked for next: this lane's part of the rows from `next_row` on of a head.
+  const uint16_t *outs, *grads;
+  int next_row;
+  RowLse ahead[2];  // of the tile of those: of its row `lane`, and of row 32 + lane
+
+  // Lanes of a row, 16 bytes each.
+  static constexpr int kLanes = kDepth / 8;
+  __device__ __forceinline__ int column() const { return lane % kLanes; }
+  __device__ __forceinline__ int row() const { return lane / kLanes; }
+
+  // row_tile: of the workspace.
+  __device__ __forceinline__ void point_to(int64_t row_tile) {
+    const int head_index = static_cast<int>(row_tile / p.row_tiles);
+    const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
+    next_row = static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) * kBackwardRows;
+    const int64_t first = next_row + row();
+    outs = static_cast<const uint16_t*>(p.out) + batch * p.out_batch_stride +
+           head * p.out_head_stride + first * p.out_row_stride + 8 * column();
+    grads = static_cast<const uint16_t*>(p.grad) + batch * p.grad_batch_stride +
+            head * p.grad_head_stride + first * p.grad_row_stride + 8 * column();
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int of = next_row + 32 * i + lane;
+      ahead[i] = read_lse(p, int64_t{head_index} * p.q_len + of, of < p.q_len);
+    }
+  }
+
+  // All that is asked for from now on are zeros.
+  __device__ __forceinline__ void point_to_none() { next_row = p.q_len; }
+
+  // Asks for the next block. Of every second row the halves of 128 bytes change places, so that
+  // neither the copies nor read() meet in a bank.
+  __device__ __forceinline__ void ask(int stage) {
+    constexpr int kAtOnce = 32 / kLanes;
+#pragma unroll
+    for (int i = 0; i < kRows; i += kAtOnce) {
+      const int at = i + row();
+      const bool exists = next_row + at < p.q_len && 8 * column() < p.value_depth;
+      const uint32_t to = ptx::shared_address(stages) + stage * kStageBytes + at * kRowBytes +
+                          16 * (column() ^ at % 2 * 4);
+      ptx::copy_sixteen(to, outs + i * p.out_row_stride, exists);
+      ptx::copy_sixteen(to + kTensorBytes, grads + i * p.grad_row_stride, exists);
+    }
+    ptx::copies_commit();
+    next_row += kRows;
+    outs += kRows * p.out_row_stride;
+    grads += kRows * p.grad_row_stride;
+  }
+
+  // tensor: 0 is O, 1 is dO. Of row lane / 4, 8 of the columns from 32 i on.
+  __device__ __forceinline__ uint4 read(int stage, int tensor, int i) const {
+    const int at = lane / 4;
+    return *reinterpret_cast<const uint4*>(stages + stage * kStageBytes + tensor * kTensorBytes +
+                                           at * kRowBytes + 16 * ((4 * i + lane % 4) ^ at % 2 * 4));
+  }
+
+  // The sum of row `lane` % 8 of a block.
+  __device__ __forceinline__ float sum_of(int stage) const {
+    // A row of dO is two rows of a, with half of the columns each: so registers are in the order in
+    // which 16 bytes come.
+    float firsts[4] = {}, seconds[4] = {};
+#pragma unroll
+    for (int i = 0; i < kDepth / 32; ++i) {
+      const uint4 a = read(stage, 1, i), b = read(stage, 0, i);
+      ptx::multiply_16x8<kHalf>(firsts, a, b.x, b.z);
+      ptx::multiply_16x8<kHalf>(seconds, a, b.y, b.w);
+    }
+    // A row meets itself, column l / 4, in lanes with l % 4 = l / 4 / 2.
+    const float on_diagonal = lane / 4 % 2 == 0 ? firsts[0] + seconds[2] : firsts[1] + seconds[3];
+    return __shfl_sync(0xffffffffu, on_diagonal, lane % 8 * 4 + lane % 8 / 2);
+  }
+
+  __device__ __forceinline__ void begin(int64_t row_tile) {
+    point_to(row_tile);
+#pragma unroll
+    for (int stage = 0; stage < kStages; ++stage) ask(stage);
+  }
+
+  // Stores what is known of the tile whose rows come first. point_to_next(): to the one after it.
+  template <typename Next>
+  __device__ __forceinline__ void make(int64_t row_tile, Next&& point_to_next) {
+    const RowLse of[2] = {ahead[0], ahead[1]};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kBlocks / 2; ++i) {
+        if (half * kBlocks / 2 + i + kStages == kBlocks) point_to_next();
+        const int stage = i % kStages;
+        ptx::copies_wait<kStages - 1>();
+        __syncwarp();  // others' copies are there, too
+        const float of_row = sum_of(stage);
+        if (lane / kRows == i) sum = of_row;
+        __syncwarp();  // others have read
+        ask(stage);
+      }
+      store_row<kHalf>(p, row_tile, half * 32 + lane, of[half], sum);
+    }
+  }
+};
 
 }  // namespace anymask::cuda

@@ -11,6 +11,7 @@
 #include "cuda/device/sm90/backward_rows.h"
 #include "cuda/device/sm90/backward_split_bits.h"
 #include "cuda/device/sm90/backward_split_load.h"
+#include "cuda/device/sm90/backward_split_stats.h"
 
 namespace anymask::cuda {
 
@@ -52,12 +53,13 @@ __device__ __forceinline__ void backward_split_kernel(const SplitParams& p) {
     shared.init();
   }
   init_units<C.keys().half != 0>(shared.units, threadIdx.x, p.keys.lse_exponent);
+  make_split_stats<C>(p, shared, warp, lane);
   __syncthreads();
 
   if (warp < kMathWarps) {
     ptx::give_registers<C.load_registers>();
     if (warp == 0) {
-      SplitLoader<C>{p, shared, lane}.run(blockIdx.x);
+      SplitLoader<C>{p, shared, lane}.run();
     } else {
       make_split_bits<C>(p, shared, warp - 1, lane);
     }

@@ -9,6 +9,7 @@
 #include "cuda/device/ptx/tma.h"
 #include "cuda/device/sm90/backward_schedule.h"
 #include "cuda/device/sm90/backward_split_shared.h"
+#include "cuda/device/sm90/backward_split_stats.h"
 #include "cuda/device/sm90/schedule.h"
 
 namespace anymask::cuda {
@@ -275,12 +276,25 @@ struct SplitLoader {
     return 2 * item.key_tile < p.keys.row_tiles;
   }
 
-  // index: of the first item.
-  __device__ __forceinline__ void run(int index) {
+  __device__ __forceinline__ int claim() {
+    int index = 0;
+    if (lane == 0) index = atomicAdd(p.keys.next_item, 1);
+    return index;
+  }
+
+  // Until the statistics of all of a kv head's rows are there, for copies too.
+  __device__ __forceinline__ void await_stats(const BackwardItem& item) {
+    const int32_t* known = p.keys.known + 1 + item.batch * p.keys.kv_heads + item.kv_head;
+    while (ptx::load_acquire(known) < row_tiles_of_pair(p.keys)) __nanosleep(100);
+    ptx::fence_async_global();
+  }
+
+  __device__ __forceinline__ void run() {
+    int index = __shfl_sync(0xffffffffu, claim(), 0);
     while (index < p.keys.items) {
       BackwardItem item = item_of(index);
-      int claimed = 0;
-      if (lane == 0) claimed = atomicAdd(p.keys.next_item, 1);
+      const int claimed = claim();
+      await_stats(item);
       const int tile = item.key_tile;
       const bool has_keys = tile < p.keys.columns.outer_tiles;
       const int last_head = item.first_head + p.keys.group_heads - 1;
@@ -298,7 +312,7 @@ struct SplitLoader {
         item.steps = steps_of(item);
         keys(item, own, stays);
       }
-      index = p.keys.blocks + __shfl_sync(0xffffffffu, claimed, 0);
+      index = __shfl_sync(0xffffffffu, claimed, 0);
     }
     publish({SplitWork::kNone, 0, 0, false}, {0, 0, 0});
     ask({SplitWork::kNone, {0, 0, 0, 0}, 0, {0, 0, {0, 0}, 0}});

@@ -48,23 +48,33 @@ struct SplitConfig {
   }
 
   constexpr int threads() const { return 128 * (1 + kBackwardWarpgroups); }
+  // Q or K, and dO or V.
+  constexpr int slots_bytes() const {
+    return kSplitSlots * kBackwardRows * (depth + value_depth) * 2;
+  }
+  // Blocks of O and dO (row_stats_bytes) that a warp has there, before anything else is there.
+  constexpr int stats_stages() const {
+    return slots_bytes() / (threads() / 32) / row_stats_bytes(value_depth) >= 4 ? 4 : 2;
+  }
   // The slots with their statistics, two kinds of bits, and barriers and the like.
   constexpr int shared_bytes() const {
-    const int slot = kBackwardRows * ((depth + value_depth) * 2 + kRowStats * 2);
     const bool runs = keys().masks() == MaskPath::kRuns;
-    return kSplitSlots * slot + row_bit_slots * 2064 + 2240 +
-           keys().columns() * (runs ? key_bit_slots * 24 : key_bit_slots * 8 + 24);
+    return slots_bytes() + kSplitSlots * kBackwardRows * kRowStats * 2 + row_bit_slots * 2064 +
+           2240 + keys().columns() * (runs ? key_bit_slots * 24 : key_bit_slots * 8 + 24);
   }
 };
 
 struct SplitParams {
-  // Its `pairs`, `chunk`, `tail`, `items` and `blocks` count items of both kinds of work.
+  // Its `pairs`, `chunk`, `tail` and `items` count items of both kinds of work; `blocks` is not
+  // looked at.
   BackwardParams keys;
   // What makes mask bits by rows. `q`, `out`, `lse` and what shares out work are not looked at; k
   // and v have boxes of 64 keys, `map` is the plan's row map in the backward's tile shape, and
   // `scale_log2` has the scale's sign.
   ForwardParams rows;
-  int32_t tiles;  // of 128 rows or keys, whatever there are more of
+  int32_t tiles;            // of 128 rows or keys, whatever there are more of
+  int32_t stats_blocks;     // that begin with the statistics of rows (backward_split_stats.h),
+  int32_t early_row_tiles;  // but for those of so many row tiles, with which all blocks begin
 };
 
 }  // namespace anymask::cuda
