@@ -44,8 +44,8 @@ __device__ __forceinline__ void make_claimed_rows(Rows& rows, int until, int all
 }
 
 // With a whole block, before anything else is in its slots. All warps make the row tiles that first
-// items need, the first blocks' those that are left: whoever waits for one waits for a warp that
-// runs.
+// items need, the first blocks' warps those that are left. Whoever waits for one waits for a warp
+// that has claimed it, or for blocks that were scheduled before any other.
 template <SplitConfig C>
 __device__ __forceinline__ void make_split_stats(const SplitParams& p, SplitShared<C>& shared,
                                                  int warp, int lane) {
