@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import statistics
 
 import pytest
@@ -117,22 +118,48 @@ def test_the_page(tmp_path, capsys):
     about, rows = a_run(lengths=[8192])
     figures, page = tmp_path / "figures.json", tmp_path / "page.md"
     bench.write(figures, about, rows)
-    page.write_text(f"before\n{paper_table.BEGIN}\nold\n{paper_table.END}\nafter\n")
+    begin, end = paper_table.marks(about)
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     command = ["bench", "--from", str(figures), "--paper-table", str(page)]
     assert cli.main(command) == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert text.index("D = 128, S = 8192") < text.index("D = 64, S = 8192")
     assert cli.main(command) == 0 and page.read_text() == text
-    page.write_text("no marks")
-    assert cli.main(command) == 1 and page.read_text() == "no marks"
-    assert "no <!-- paper-table -->" in capsys.readouterr().err
+    for without in ("no marks", "\n".join(paper_table.marks({"gpu": {"name": "NVIDIA H100"}}))):
+        page.write_text(without)
+        assert cli.main(command) == 1 and page.read_text() == without
+        assert "no <!-- paper-table H200 -->" in capsys.readouterr().err
 
 
-def test_the_documented_table_is_that_of_its_figures():
+def test_cards_have_tables_of_their_own(tmp_path):
+    page = tmp_path / "page.md"
+    of_card = {card: a_run(f"NVIDIA {card}", lengths=[8192]) for card in ("H100", "H200")}
+    page.write_text(
+        "".join("{}\n{}\n".format(*paper_table.marks(run[0])) for run in of_card.values())
+    )
+    for about, rows in of_card.values():
+        paper_table.write(page, about, rows)
+    for card, (about, rows) in of_card.items():
+        begin, end = paper_table.marks(about)
+        tables = page.read_text().split(begin)[1].split(end)[0]
+        assert (
+            tables.strip() == paper_table.markdown(about, rows).strip() and f"ms, {card}" in tables
+        )
+
+
+def test_the_documented_tables_are_those_of_their_figures():
     page = (ROOT / "docs" / "paper_table.md").read_text(encoding="utf-8")
-    named = page.split("--from ")[1].split(" --paper-table")[0].split()
-    figures = [ROOT / name for name in named]
-    assert figures and all(json.loads(path.read_text())["rows"] for path in figures)
-    tables = page.split(paper_table.BEGIN)[1].split(paper_table.END)[0].strip()
-    assert tables == paper_table.markdown(*bench.read(*figures)).strip()
+    commands = re.findall(
+        r"^anymask bench --from (.+) --paper-table docs/paper_table.md$", page, re.M
+    )
+    cards = set()
+    for command in commands:
+        figures = [ROOT / name for name in command.split()]
+        assert figures and all(json.loads(path.read_text())["rows"] for path in figures)
+        run, rows = bench.read(*figures)
+        begin, end = paper_table.marks(run)
+        tables = page.split(begin)[1].split(end)[0].strip()
+        assert tables == paper_table.markdown(run, rows).strip()
+        cards.add(begin)
+    assert cards == set(re.findall(r"<!-- paper-table .+ -->", page)) and len(cards) == 2

@@ -29,7 +29,6 @@ _HIDDEN = 4096  # of the paper's geometries
 _TOKENS = 131072
 _PEAKS = {"A100": 312.0, "H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s of the SXM cards
 _PEERS = ("flex", "cudnn", "flashmask_v3")
-BEGIN, END = "<!-- paper-table -->", "<!-- /paper-table -->"
 
 
 @functools.cache
@@ -192,13 +191,12 @@ def markdown(run: dict[str, Any], rows: Sequence[Row]) -> str:
     groups = {g: lines for g, lines in by_geometry(rows).items() if is_of_the_paper(g)}
     if not groups:
         raise ValueError("no row has a geometry of the paper's tables (see --suite paper)")
-    gpu = (run.get("gpu") or {}).get("name") or run["machine"]["cpu"]
-    card = next((name for name in _PEAKS if name in gpu), gpu)
+    card = _card(run)
     with_recorded = has_recorded(run)
     everything = [line for lines in groups.values() for line in lines]
     timed = [row for line in everything for row in line.rows]
     text = [
-        f"{gpu}, {run['date']}, torch {run['machine']['torch']}; {_samples(everything)}. "
+        f"{_device(run)}, {run['date']}, torch {run['machine']['torch']}; {_samples(everything)}. "
         + _checks(timed),
         "",
     ]
@@ -211,12 +209,29 @@ def markdown(run: dict[str, Any], rows: Sequence[Row]) -> str:
     return "\n".join(text).rstrip() + "\n"
 
 
+def _device(run: dict[str, Any]) -> str:
+    name: str = (run.get("gpu") or {}).get("name") or run["machine"]["cpu"]
+    return name
+
+
+def _card(run: dict[str, Any]) -> str:
+    device = _device(run)
+    return next((name for name in _PEAKS if name in device), device)
+
+
+def marks(run: dict[str, Any]) -> tuple[str, str]:
+    """The lines of a page between which a run's tables are: each card has its own."""
+    return f"<!-- paper-table {_card(run)} -->", f"<!-- /paper-table {_card(run)} -->"
+
+
 def write(path: Path, run: dict[str, Any], rows: Sequence[Row]) -> None:
-    """Puts the tables between a page's marks; makes a page of them where there is none."""
+    """Puts the tables between the page's marks for the run's card; makes a page of them where there
+    is none."""
     tables = markdown(run, rows)
-    page = path.read_text(encoding="utf-8") if path.exists() else f"{BEGIN}\n{END}\n"
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"{path}: has no {BEGIN} and {END} to write between")
-    path.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}", encoding="utf-8")
+    begin, end = marks(run)
+    page = path.read_text(encoding="utf-8") if path.exists() else f"{begin}\n{end}\n"
+    before, found, rest = page.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise ValueError(f"{path}: has no {begin} and {end} to write between")
+    path.write_text(f"{before}{begin}\n\n{tables}\n{end}{after}", encoding="utf-8")
