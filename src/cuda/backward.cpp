@@ -262,11 +262,9 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
 
   // Blocks that stay, not one for each row tile: where there is nothing to do (params.splits()),
   // those would take 11 us to say so.
-  const auto blocks_for_rows = [&](int each) {
-    return Grid{static_cast<uint32_t>(std::min(tiles, each * gpu(ordinal).multiprocessors))};
-  };
+  const Grid row_blocks{static_cast<uint32_t>(std::min(tiles, 8 * gpu(ordinal).multiprocessors))};
   if (tiles > 0) {
-    launch(prepare, blocks_for_rows(8), stream, params);
+    launch(prepare, row_blocks, stream, params);
   } else {
     clear(params.next_item, 4);
   }
@@ -290,7 +288,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     if (splits) backward_split(call, params, config, ordinal, stream);
   }
   if (tiles > 0 && !config.has_turns()) {
-    launch(kernel(finish_config, ordinal), blocks_for_rows(8), stream, params);
+    launch(kernel(finish_config, ordinal), row_blocks, stream, params);
   }
   if (layout.key_sum_bytes > 0) {
     const auto blocks = static_cast<uint32_t>(problem.batch * problem.kv_heads *

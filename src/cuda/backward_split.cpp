@@ -123,8 +123,8 @@ void backward_split(const BackwardCall& call, const BackwardParams& params,
   keys.tail = keys.chunk + (keys.pairs - keys.chunk) % keys.chunk;
   keys.items = keys.pairs * both.tiles;
 
-  // For statistics: 9 blocks of 132 keep ahead of the others even where items are shortest (a
-  // window of 128 keys), and go on to items when they are done; with 12 it takes 2% longer.
+  // For statistics: with 9 blocks of 132 a window of 128 keys, which has the shortest items, took
+  // 2% less time than with 12 and 4% less than with 22.
   constexpr int kStatsShare = 15;
   both.stats_blocks = (device.multiprocessors + kStatsShare - 1) / kStatsShare;
   // Those of the first chunk, and of as many items as there are blocks.

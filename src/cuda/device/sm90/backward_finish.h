@@ -3,7 +3,7 @@
 // a thread here reads what one math thread added, 16 bytes at a time.
 #pragma once
 
-#include "cuda/device/sm90/backward_config.h"
+#include "cuda/device/sm90/backward_places.h"
 #include "cuda/device/sm90/backward_store.h"
 
 namespace anymask::cuda {
@@ -15,10 +15,7 @@ __device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) 
   // Of all of the workspace.
   const int64_t row_tiles = int64_t{p.batch} * p.q_heads * p.row_tiles;
   for (int64_t row_tile = blockIdx.x; row_tile < row_tiles; row_tile += gridDim.x) {
-    const int head_index = static_cast<int>(row_tile / p.row_tiles);
-    const int first_row =
-        static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) * kBackwardRows;
-    const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
+    const RowTilePlace at = place_of(p, row_tile);
 
     constexpr int kPart = C.part_depth();
     float values[kPart / 2];
@@ -34,10 +31,10 @@ __device__ __forceinline__ void backward_finish_kernel(const BackwardParams& p) 
       values[4 * i + 2] = four.z;
       values[4 * i + 3] = four.w;
     }
-    uint16_t* to = static_cast<uint16_t*>(p.q_grad) + batch * p.q_grad_batch_stride +
-                   head * p.q_grad_head_stride + w * kPart;
-    store_rows<C.half != 0>(values, p.scale, to, p.q_grad_row_stride, nullptr, first_row, p.q_len,
-                            p.depth - w * kPart, thread / 32, thread % 32);
+    uint16_t* to = static_cast<uint16_t*>(p.q_grad) + at.batch * p.q_grad_batch_stride +
+                   at.head * p.q_grad_head_stride + w * kPart;
+    store_rows<C.half != 0>(values, p.scale, to, p.q_grad_row_stride, nullptr, at.first_row(),
+                            p.q_len, p.depth - w * kPart, thread / 32, thread % 32);
   }
 }
 

@@ -1,7 +1,6 @@
 // Before the Hopper backward kernel: statistics of every row, and a clean workspace.
 #pragma once
 
-#include "cuda/device/sm90/backward_places.h"
 #include "cuda/device/sm90/backward_row_stats.h"
 
 namespace anymask::cuda {
@@ -18,14 +17,12 @@ __device__ __forceinline__ void clear_sums(const BackwardParams& p, int64_t row_
   } else {
     if (lane == 0) p.turns[row_tile] = 0;
     // The first key tile of a row tile stores, the last one writes dQ; this is for those of none.
-    const int head_index = static_cast<int>(row_tile / p.row_tiles);
-    const int tile = static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles);
-    const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
-    if (p.rows.count[map_row(p, p.rows, mask_place(p, batch, head), tile)] != 0) return;
-    uint16_t* to = static_cast<uint16_t*>(p.q_grad) + batch * p.q_grad_batch_stride +
-                   head * p.q_grad_head_stride;
+    const RowTilePlace at = place_of(p, row_tile);
+    if (p.rows.count[map_row(p, p.rows, mask_place(p, at.batch, at.head), at.tile)] != 0) return;
+    uint16_t* to = static_cast<uint16_t*>(p.q_grad) + at.batch * p.q_grad_batch_stride +
+                   at.head * p.q_grad_head_stride;
     for (int i = lane; i < kBackwardRows * C.depth / 8; i += 32) {
-      const int row = tile * kBackwardRows + i / (C.depth / 8), column = i % (C.depth / 8) * 8;
+      const int row = at.first_row() + i / (C.depth / 8), column = i % (C.depth / 8) * 8;
       if (row < p.q_len && column < p.depth) {
         ptx::store_global(to + row * p.q_grad_row_stride + column, 0, 0, 0, 0);
       }
@@ -58,6 +55,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
     rows.make(row_tile, [&] { next < row_tiles ? rows.point_to(next) : rows.point_to_none(); });
     row_tile = next;
   }
+  ptx::copies_wait<0>();
 }
 
 }  // namespace anymask::cuda

@@ -9,7 +9,7 @@
 #include "cuda/device/ptx/matrix.h"
 #include "cuda/device/ptx/mma.h"
 #include "cuda/device/ptx/registers.h"
-#include "cuda/device/sm90/backward_config.h"
+#include "cuda/device/sm90/backward_places.h"
 #include "cuda/device/sm90/softmax.h"  // kMinusInfinity
 
 namespace anymask::cuda {
@@ -131,18 +131,17 @@ struct WarpRows {
 
   // row_tile: of the workspace.
   __device__ __forceinline__ void point_to(int64_t row_tile) {
-    const int head_index = static_cast<int>(row_tile / p.row_tiles);
-    const int batch = head_index / p.q_heads, head = head_index - batch * p.q_heads;
-    next_row = static_cast<int>(row_tile - int64_t{head_index} * p.row_tiles) * kBackwardRows;
+    const RowTilePlace at = place_of(p, row_tile);
+    next_row = at.first_row();
     const int64_t first = next_row + row();
-    outs = static_cast<const uint16_t*>(p.out) + batch * p.out_batch_stride +
-           head * p.out_head_stride + first * p.out_row_stride + 8 * column();
-    grads = static_cast<const uint16_t*>(p.grad) + batch * p.grad_batch_stride +
-            head * p.grad_head_stride + first * p.grad_row_stride + 8 * column();
+    outs = static_cast<const uint16_t*>(p.out) + at.batch * p.out_batch_stride +
+           at.head * p.out_head_stride + first * p.out_row_stride + 8 * column();
+    grads = static_cast<const uint16_t*>(p.grad) + at.batch * p.grad_batch_stride +
+            at.head * p.grad_head_stride + first * p.grad_row_stride + 8 * column();
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int of = next_row + 32 * i + lane;
-      ahead[i] = read_lse(p, int64_t{head_index} * p.q_len + of, of < p.q_len);
+      ahead[i] = read_lse(p, int64_t{at.head_index} * p.q_len + of, of < p.q_len);
     }
   }
 

@@ -18,11 +18,18 @@ __device__ __forceinline__ const int32_t* key_order(const BackwardParams& p,
   return program.key_order + row * program.kv_len;
 }
 
-// The next number of a counter, by a converged warp.
+// The next number of a counter, in lane 0 and on its way: drawn() waits for it.
+__device__ __forceinline__ int ask_for_item(int32_t* counter, int lane) {
+  int asked = 0;
+  if (lane == 0) asked = atomicAdd(counter, 1);
+  return asked;
+}
+
+// By a converged warp.
+__device__ __forceinline__ int drawn(int asked) { return __shfl_sync(0xffffffffu, asked, 0); }
+
 __device__ __forceinline__ int draw_item(int32_t* counter, int lane) {
-  int drawn = 0;
-  if (lane == 0) drawn = atomicAdd(counter, 1);
-  return __shfl_sync(0xffffffffu, drawn, 0);
+  return drawn(ask_for_item(counter, lane));
 }
 
 // How many query heads an item has.

@@ -276,12 +276,6 @@ struct SplitLoader {
     return 2 * item.key_tile < p.keys.row_tiles;
   }
 
-  __device__ __forceinline__ int claim() {
-    int index = 0;
-    if (lane == 0) index = atomicAdd(p.keys.next_item, 1);
-    return index;
-  }
-
   // Until the statistics of all of a kv head's rows are there, for copies too.
   __device__ __forceinline__ void await_stats(const BackwardItem& item) {
     const int32_t* known = p.keys.known + 1 + item.batch * p.keys.kv_heads + item.kv_head;
@@ -290,10 +284,10 @@ struct SplitLoader {
   }
 
   __device__ __forceinline__ void run() {
-    int index = __shfl_sync(0xffffffffu, claim(), 0);
+    int index = draw_item(p.keys.next_item, lane);
     while (index < p.keys.items) {
       BackwardItem item = item_of(index);
-      const int claimed = claim();
+      const int next = ask_for_item(p.keys.next_item, lane);
       await_stats(item);
       const int tile = item.key_tile;
       const bool has_keys = tile < p.keys.columns.outer_tiles;
@@ -312,7 +306,7 @@ struct SplitLoader {
         item.steps = steps_of(item);
         keys(item, own, stays);
       }
-      index = __shfl_sync(0xffffffffu, claimed, 0);
+      index = drawn(next);
     }
     publish({SplitWork::kNone, 0, 0, false}, {0, 0, 0});
     ask({SplitWork::kNone, {0, 0, 0, 0}, 0, {0, 0, {0, 0}, 0}});

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "cuda/device/sm90/backward_row_stats.h"
+#include "cuda/device/sm90/backward_schedule.h"
 #include "cuda/device/sm90/backward_split_shared.h"
 
 namespace anymask::cuda {
@@ -15,25 +16,20 @@ __device__ __forceinline__ int row_tiles_of_pair(const BackwardParams& p) {
   return p.group_heads * p.row_tiles;
 }
 
-// With a warp: row tile after row tile, in the order of heads, until one is claimed that is not
+// With a warp: row tile after row tile, in the order of heads, until one is drawn that is not
 // before `until`: that one is made, too, if it is of `all`.
 template <typename Rows>
-__device__ __forceinline__ void make_claimed_rows(Rows& rows, int until, int all) {
+__device__ __forceinline__ void make_drawn_rows(Rows& rows, int until, int all) {
   const BackwardParams& p = rows.p;
-  const auto claim = [&] {
-    int row_tile = 0;
-    if (rows.lane == 0) row_tile = atomicAdd(p.known, 1);
-    return row_tile;
-  };
-  int row_tile = __shfl_sync(0xffffffffu, claim(), 0);
+  int row_tile = draw_item(p.known, rows.lane);
   if (row_tile >= all) return;
   rows.begin(row_tile);
   while (row_tile < all) {
     const bool more = row_tile < until;
-    const int claimed = more ? claim() : 0;
+    const int asked = more ? ask_for_item(p.known, rows.lane) : 0;
     int next = all;
     rows.make(row_tile, [&] {
-      if (more) next = __shfl_sync(0xffffffffu, claimed, 0);
+      if (more) next = drawn(asked);
       next < all ? rows.point_to(next) : rows.point_to_none();
     });
     __syncwarp();
@@ -45,7 +41,7 @@ __device__ __forceinline__ void make_claimed_rows(Rows& rows, int until, int all
 
 // With a whole block, before anything else is in its slots. All warps make the row tiles that first
 // items need, the first blocks' warps those that are left. Whoever waits for one waits for a warp
-// that has claimed it, or for blocks that were scheduled before any other.
+// that has drawn it, or for blocks that were scheduled before any other.
 template <SplitConfig C>
 __device__ __forceinline__ void make_split_stats(const SplitParams& p, SplitShared<C>& shared,
                                                  int warp, int lane) {
@@ -56,7 +52,7 @@ __device__ __forceinline__ void make_split_stats(const SplitParams& p, SplitShar
   const int all = p.keys.batch * p.keys.q_heads * p.keys.row_tiles;
   WarpRows<C.half != 0, C.value_depth, kStages> rows{p.keys, lane,
                                                      &shared.inner[0][0][0] + warp * kBytes};
-  make_claimed_rows(rows, stays ? all : p.early_row_tiles, all);
+  make_drawn_rows(rows, stays ? all : p.early_row_tiles, all);
   ptx::fence_async_shared();  // slots are the copy engine's from now on
 }
 
