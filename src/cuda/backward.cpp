@@ -71,7 +71,7 @@ static_assert(sizeof(BackwardConfig) == 16 * sizeof(int32_t));
 
 struct Workspace {
   int64_t q_sums, stats, turns;  // offsets
-  int64_t next_item, known;
+  int64_t counters, counter_bytes;
   int64_t k_sums, v_sums, key_sum_bytes;     // of dK and dV together
   int64_t row_numbers, key_sums, pair_sums;  // of score options
   int64_t bytes;                             // the size of all
@@ -84,8 +84,8 @@ struct Workspace {
     q_sums = take(row_tiles * kBackwardRows * c.depth * 4);
     stats = take(row_tiles * kBackwardRows * kRowStats * 2);
     turns = take(c.has_turns() ? row_tiles * 4 : 0);
-    next_item = take(4);
-    known = take((1 + problem.batch * problem.kv_heads) * 4);
+    counter_bytes = (1 + kPairTiles + problem.batch * problem.kv_heads) * 4;
+    counters = take(counter_bytes);
     k_sums = take(keys * c.depth * 4);
     v_sums = take(keys * c.value_depth * 4);
     key_sum_bytes = keys * (c.depth + c.value_depth) * 4;
@@ -220,18 +220,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
-  const bool splits = may_split(problem, config);
-  const KernelConfig prepare_config = kernel_config(kPrepare, config);
-  const KernelConfig main_config = kernel_config(kMain, config);
-  const KernelConfig finish_config = kernel_config(kFinish, config);
-  const KernelConfig split_config = splits ? backward_split_kernel(call, config) : KernelConfig{};
-  const KernelConfig key_finish_config = kernel_config(kKeyFinish, config);
-  load_together(
-      {&prepare_config, &main_config, config.has_turns() ? nullptr : &finish_config,
-       splits ? &split_config : nullptr, config.adds_keys != 0 ? &key_finish_config : nullptr},
-      ordinal);
-  const Kernel& prepare = kernel(prepare_config, ordinal);
-  const Kernel& main = kernel(main_config, ordinal);
+  const SplitUse split = split_use(call, problem, config, gpu(ordinal));
 
   BackwardParams params = params_of(call, problem, config);
   char* workspace = static_cast<char*>(call.workspace);
@@ -239,35 +228,54 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
   params.stats = reinterpret_cast<uint16_t*>(workspace + layout.stats);
   params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
-  params.next_item = reinterpret_cast<int32_t*>(workspace + layout.next_item);
-  params.known = reinterpret_cast<int32_t*>(workspace + layout.known);
+  params.next_item = reinterpret_cast<int32_t*>(workspace + layout.counters);
+  params.known = params.next_item + 1;
   params.k_sums = reinterpret_cast<float*>(workspace + layout.k_sums);
   params.v_sums = reinterpret_cast<float*>(workspace + layout.v_sums);
   params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
   params.key_sums = reinterpret_cast<float*>(workspace + layout.key_sums);
   gradients.set(params, reinterpret_cast<float*>(workspace + layout.pair_sums), call.scale,
                 call.program->key_order != nullptr);
-  const auto chunks_of = [&](int64_t pairs) {
-    return Chunks(problem, config, gpu(ordinal), pairs, call.columns.outer_tiles, params.segments);
-  };
-  if (splits) {
-    const Chunks chunks = chunks_of(problem.batch * problem.kv_heads);
-    params.choice = split_choice(call, config, chunks, gpu(ordinal));
-  }
   const auto clear = [&](void* from, int64_t bytes) {
     check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(from), 0,
                                     static_cast<size_t>(bytes / 4), stream),
           "cuMemsetD32Async");
   };
+  if (split == SplitUse::kAlone) {
+    params.choice = {call.columns.total, INT64_MAX, 0};
+    clear(params.next_item, layout.counter_bytes);
+    gradients.begin(params, ordinal, stream);
+    backward_split(call, problem, params, config, ordinal, stream);
+    return gradients.end(params, ordinal, stream);
+  }
 
+  const bool may_split = split == SplitUse::kByPlan;
+  const KernelConfig prepare_config = kernel_config(kPrepare, config);
+  const KernelConfig main_config = kernel_config(kMain, config);
+  const KernelConfig finish_config = kernel_config(kFinish, config);
+  const KernelConfig split_config =
+      may_split ? backward_split_kernel(call, config) : KernelConfig{};
+  const KernelConfig key_finish_config = kernel_config(kKeyFinish, config);
+  load_together(
+      {&prepare_config, &main_config, config.has_turns() ? nullptr : &finish_config,
+       may_split ? &split_config : nullptr, config.adds_keys != 0 ? &key_finish_config : nullptr},
+      ordinal);
+  const auto chunks_of = [&](int64_t pairs) {
+    return Chunks(problem, config, gpu(ordinal), pairs, call.columns.outer_tiles, params.segments);
+  };
+  if (may_split) {
+    const Chunks chunks = chunks_of(problem.batch * problem.kv_heads);
+    params.choice = split_choice(call, config, chunks, gpu(ordinal));
+  }
   // Blocks that stay, not one for each row tile: where there is nothing to do (params.splits()),
   // those would take 11 us to say so.
   const Grid row_blocks{static_cast<uint32_t>(std::min(tiles, 8 * gpu(ordinal).multiprocessors))};
   if (tiles > 0) {
-    launch(prepare, row_blocks, stream, params);
+    launch(kernel(prepare_config, ordinal), row_blocks, stream, params);
   } else {
     clear(params.next_item, 4);
   }
+  const Kernel& main = kernel(main_config, ordinal);
   if (layout.key_sum_bytes > 0) clear(params.k_sums, layout.key_sum_bytes);
   gradients.begin(params, ordinal, stream);
   for (const PairRound& round : gradients.rounds()) {
@@ -285,7 +293,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     if (round.first > 0) clear(params.next_item, 4);
     params.blocks = std::min(gpu(ordinal).multiprocessors, params.items);
     launch(main, {static_cast<uint32_t>(params.blocks)}, stream, params);
-    if (splits) backward_split(call, params, config, ordinal, stream);
+    if (may_split) backward_split(call, problem, params, config, ordinal, stream);
   }
   if (tiles > 0 && !config.has_turns()) {
     launch(kernel(finish_config, ordinal), row_blocks, stream, params);

@@ -62,20 +62,46 @@ KernelConfig kernel_config(const BackwardConfig& main, MaskPath row_masks) {
 }
 static_assert(sizeof(SplitConfig) <= kMaxConfigValues * sizeof(int32_t));
 
+// Of 128 rows or keys, whatever there are more of.
+int64_t tiles_of(const Problem& problem) {
+  return (std::max(problem.q_len, problem.kv_len) + 127) / 128;
+}
+
+// Whether later keys are hidden from more rows (the last key from half of them), and no window
+// hides early keys from late rows: then a tile that has many keys to meet as rows has few rows to
+// meet as keys, unless there are many more of one than of the other.
+bool is_causal(const RunRecipe& recipe, const Problem& problem) {
+  return recipe.usable != 0 && problem.kv_len - 1 - recipe.band_hi >= problem.q_len / 2 &&
+         -recipe.band_lo >= problem.q_len - 1 && problem.kv_len <= 2 * problem.q_len &&
+         problem.q_len <= 2 * problem.kv_len;
+}
+
 }  // namespace
 
-bool may_split(const Problem& problem, const BackwardConfig& config) {
+SplitUse split_use(const BackwardCall& call, const Problem& problem, const BackwardConfig& config,
+                   const Gpu& gpu) {
+  if (config.wide != 0 || config.features != 0 || config.baked()) return SplitUse::kNever;
+  if (problem.q_len == 0 || problem.kv_len == 0) return SplitUse::kNever;
+  // Up to two items for each multiprocessor a causal call waits for its heaviest key tiles, while
+  // here items are about equal. And there are no other launches (14 us).
+  const int64_t items = problem.batch * problem.kv_heads * tiles_of(problem);
+  if (config.adds_keys == 0 && items <= 2 * gpu.multiprocessors &&
+      is_causal(recipe_of(*call.program), problem)) {
+    return SplitUse::kAlone;
+  }
   // One more launch is lost on a call that does not fill the device a few times.
   constexpr int64_t kLeastRows = 1 << 16;
-  return config.wide == 0 && config.features == 0 && !config.baked() && problem.kv_len > 0 &&
-         problem.batch * problem.q_heads * problem.q_len >= kLeastRows;
+  const int64_t rows = problem.batch * problem.q_heads * problem.q_len;
+  return rows >= kLeastRows ? SplitUse::kByPlan : SplitUse::kNever;
 }
 
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
                          const Chunks& chunks, const Gpu& gpu) {
   // Row tiles that a key tile meets, in the mean. On an H100 S = 1024 takes 1.33 to 1.38 times as
   // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
-  constexpr int64_t kMostTiles = 12;
+  // Where blocks are at rows of a whole group each, and all those rows do not fit L2, from 17 on
+  // (32/8 heads, H100: S = 1024 full 398 TFLOP/s instead of 232, 2048 causal 399 and 278).
+  const int64_t kMostTiles = chunks.blocks_fit || config.adds_keys != 0 ? 12 : 17;
   const plan::TileMap& map = call.columns;
   const int64_t places = int64_t{call.program->batches} * call.program->heads;
   const int64_t key_tiles = places * map.outer_tiles;
@@ -105,14 +131,13 @@ KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfi
   return kernel_config(config, mask_path(recipe_of(*call.program), call.rows));
 }
 
-void backward_split(const BackwardCall& call, const BackwardParams& params,
+void backward_split(const BackwardCall& call, const Problem& problem, const BackwardParams& params,
                     const BackwardConfig& config, int ordinal, CuStream stream) {
   const Kernel& compiled = kernel(backward_split_kernel(call, config), ordinal);
   const Gpu& device = gpu(ordinal);
   SplitParams both{params, {}, 0, 0, 0};
 
-  const int row_pairs = (params.row_tiles + 1) / 2;
-  both.tiles = std::max(row_pairs, params.columns.outer_tiles);
+  both.tiles = static_cast<int32_t>(tiles_of(problem));
   BackwardParams& keys = both.keys;
   keys.pairs = params.batch * params.kv_heads;
   // As many pairs side by side as have what is read of them in two fifths of L2.

@@ -10,10 +10,18 @@
 
 namespace anymask::cuda {
 
-// Whether a call may come to it; `config`: the main kernel's variant.
-bool may_split(const Problem& problem, const BackwardConfig& config);
+enum class SplitUse {
+  kNever,
+  kByPlan,  // launched beside the main kernel, and split_choice says which of them works
+  kAlone,   // nothing else is launched
+};
 
-// When it does. chunks: of pairs whose chains of sums run side by side on `gpu`.
+// config: the main kernel's variant.
+SplitUse split_use(const BackwardCall& call, const Problem& problem, const BackwardConfig& config,
+                   const Gpu& gpu);
+
+// When a call comes to it whose use is kByPlan. chunks: of pairs whose chains of sums run side by
+// side on `gpu`.
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
                          const Chunks& chunks, const Gpu& gpu);
 
@@ -21,11 +29,11 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config);
 
 // Queues the kernel, which returns at once unless `params.choice` is to split. params: as the main
-// kernel has them.
-void backward_split(const BackwardCall& call, const BackwardParams& params,
+// kernel has them; its counters are 0.
+void backward_split(const BackwardCall& call, const Problem& problem, const BackwardParams& params,
                     const BackwardConfig& config, int ordinal, CuStream stream);
 
-// The variants that a release ships compiled, of those that may_split and whose `main` it is.
+// The variants that a release ships compiled, of those whose `main` it is.
 std::vector<KernelConfig> backward_split_kernels(const BackwardConfig& main);
 
 }  // namespace anymask::cuda

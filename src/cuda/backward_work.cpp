@@ -79,6 +79,7 @@ Chunks::Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& 
   const int64_t group = config.adds_keys != 0 ? 1 : problem.q_heads / problem.kv_heads;
   const int64_t bytes = bytes_of_pair(problem, group);
   two_fit = 2 * bytes <= gpu.l2_bytes;
+  blocks_fit = (gpu.multiprocessors / std::max<int64_t>(1, key_tiles) + 1) * bytes <= gpu.l2_bytes;
   if (segments > 1) {
     size = tail = 1;
     return;

@@ -23,7 +23,8 @@ int32_t chained_by(const Problem& problem, bool deterministic, int32_t features)
 // How many (batch, kv head) pairs, and which at the end, run together.
 struct Chunks {
   int64_t size, tail;
-  bool two_fit;  // Q, dO and the sums of two pairs, in all of L2
+  // Q, dO and the sums of two pairs, or of as many as all blocks are at, in all of L2.
+  bool two_fit, blocks_fit;
 
   Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& gpu, int64_t pairs,
          int64_t key_tiles, int segments);

@@ -167,8 +167,7 @@ struct BackwardParams {
   uint16_t* stats;  // [row tile][64][kRowStats]
   int32_t* turns;   // [row tile], chained: how many key tiles have added
   int32_t* next_item;
-  // dQ apart: how many row tiles have their statistics begun; then by kv head, how many made.
-  int32_t* known;
+  int32_t* known;  // [kPairTiles + batch * kv_heads], dQ apart: row tiles with statistics
 
   int32_t batch;
   int32_t q_heads;
@@ -213,6 +212,12 @@ struct BackwardParams {
   // Whether dQ is made apart from dK and dV.
   bool splits() const { return choice.splits(rows); }
 };
+
+// BackwardParams::known: how many row tiles have their statistics begun, of those that first items
+// need and of the others; from kPairTiles on, by kv head, how many have them.
+inline constexpr int kEarlyTiles = 0;
+inline constexpr int kLateTiles = 1;
+inline constexpr int kPairTiles = 2;
 
 // What is known of a query row in float32: lse times log2(e), +infinity for rows that see nothing
 // or do not exist; rowsum(dO O) - dlse.

@@ -35,7 +35,8 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.next_item = 0;
   if (p.splits()) {  // that kernel makes statistics itself, and nobody adds
     if (blockIdx.x == 0) {
-      for (int i = threadIdx.x; i <= p.batch * p.kv_heads; i += kPrepareThreads) p.known[i] = 0;
+      const int counters = kPairTiles + p.batch * p.kv_heads;
+      for (int i = threadIdx.x; i < counters; i += kPrepareThreads) p.known[i] = 0;
     }
     return;
   }
@@ -43,7 +44,7 @@ __device__ __forceinline__ void backward_prepare_kernel(const BackwardParams& p)
   constexpr int kWarps = kPrepareThreads / 32;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t row_tiles = int64_t{p.batch} * p.q_heads * p.row_tiles;
-  int64_t row_tile = int64_t{blockIdx.x} * kWarps + warp;
+  int64_t row_tile = int64_t{warp} * gridDim.x + blockIdx.x;  // blocks first: they may be few
   if (row_tile >= row_tiles) return;
   constexpr int kStages = prepare_stages(C.value_depth);
   WarpRows<C.half != 0, C.value_depth, kStages> rows{

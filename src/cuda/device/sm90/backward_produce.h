@@ -93,13 +93,14 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
 #pragma unroll 1
     for (int i = 0; i < heads_of_item<C>(p); ++i) {
       const int head = item.first_head + i;
+      const rules::Place place = mask_place(p, item.batch, head);
       bool fresh = true;
       int begins = first ? StepPlace::kFirstHead : StepPlace::kNextHead;
       const int first_tile = (item.batch * p.q_heads + head) * p.row_tiles;
       constexpr int kBakedWords = plan::column_tile_words(C.tile());
       const uint32_t* baked = nullptr;  // the head's first tile
       if constexpr (C.baked()) {
-        const int64_t row = map_row(p, p.columns, mask_place(p, item.batch, head), item.key_tile);
+        const int64_t row = map_row(p, p.columns, place, item.key_tile);
         baked = p.columns.baked + row * p.columns.inner_tiles * kBakedWords;
       }
       const auto visit = [&](const RowTile& visited) {
@@ -110,8 +111,7 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
           step.partial = visited.partial == 0 ? 0 : fresh ? 2 : 1;
           if (fresh || C.masks() != MaskPath::kRuns) {
             ask_for_bits(
-                {item.key_tile, visited.tile, mask_place(p, item.batch, head), fresh},
-                {item.batch, head, step.partial},
+                {item.key_tile, visited.tile, place, fresh}, {item.batch, head, step.partial},
                 visited.partial != 0 ? baked + int64_t{visited.tile} * kBakedWords : nullptr);
           }
           if (!C.has(kDropout) || visited.partial != 0) fresh = false;
@@ -172,15 +172,14 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
       };
       Span late = {0, 0};
       if constexpr (C.has_turns()) {
-        const rules::Place place = mask_place(p, item.batch, head);
         late = late_row_tiles(p.columns, map_row(p, p.columns, place, item.key_tile), lane);
       }
       Span span = {late.end, p.row_tiles};
       if constexpr (C.adds_keys != 0) {
         span = {item.first_tile, rules::min_of(item.first_tile + p.segment_tiles, p.row_tiles)};
       }
-      for_each_row_tile<C>(p, item, head, span, lane, visit);
-      if constexpr (C.has_turns()) for_each_row_tile<C>(p, item, head, late, lane, visit);
+      for_each_row_tile<C>(p, item, place, span, lane, visit);
+      if constexpr (C.has_turns()) for_each_row_tile<C>(p, item, place, late, lane, visit);
     }
     if (C.has_turns() && lane == 0) claimed = atomicAdd(p.next_item, 1);
     index = p.blocks + __shfl_sync(0xffffffffu, claimed, 0);

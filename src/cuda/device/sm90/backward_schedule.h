@@ -179,14 +179,14 @@ __device__ __forceinline__ Span late_row_tiles(const plan::TileMap& map, int64_t
   return gap ? Span{owner * 32 + first, owner * 32 + first + length} : Span{0, 0};
 }
 
-// Calls visit(row tile) for the row tiles of `span` that the item's key tile meets under `head`, in
-// ascending order, with the whole warp converged.
+// Calls visit(row tile) for the row tiles of `span` that the item's key tile meets under the head
+// with that mask place, in ascending order, with the whole warp converged.
 template <BackwardConfig C, typename Visit>
 __device__ __forceinline__ void for_each_row_tile(const BackwardParams& p, const BackwardItem& item,
-                                                  int head, Span span, int lane, Visit&& visit) {
+                                                  rules::Place place, Span span, int lane,
+                                                  Visit&& visit) {
   constexpr unsigned kAll = 0xffffffffu;
   const plan::TileMap& map = p.columns;
-  const rules::Place place = mask_place(p, item.batch, head);
   const int64_t row = map_row(p, map, place, item.key_tile);
   const uint32_t* visible = map.visible + row * map.words;
   const uint32_t* hidden = map.hidden + row * map.words;

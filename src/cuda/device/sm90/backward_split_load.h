@@ -60,8 +60,16 @@ struct SplitLoader {
     return slot;
   }
 
-  __device__ __forceinline__ int load_keys(int tile, int half, int kv_head, int batch, int about) {
-    return load<false>(tile * Shared::kColumns + 64 * half, kv_head, batch, 0, about);
+  // A tile's keys to two slots, 8 bits each, which are free again at once, or not.
+  __device__ __forceinline__ int load_keys(int tile, int kv_head, int batch, int about, bool free) {
+    int both = 0;
+#pragma unroll 1
+    for (int half = 0; half < 2; ++half) {
+      const int slot = load<false>(tile * Shared::kColumns + 64 * half, kv_head, batch, 0, about);
+      both |= slot << 8 * half;
+      if (free) slots.put(slot);
+    }
+    return both;
   }
 
   // row_tile: of the head's; partial: of its keys' step.
@@ -93,47 +101,41 @@ struct SplitLoader {
 
   // What a tile's own keys meet of its own two row tiles.
   struct OwnRows {
-    int met;         // a bit each
-    int partial[2];  // 0: all pairs are visible
+    int met;      // a bit each
+    int partial;  // kPartialBits each; 0: all pairs are visible
+
+    __device__ __forceinline__ int partial_of(int i) const {
+      return partial >> (i * kPartialBits) & ((1 << kPartialBits) - 1);
+    }
   };
 
-  __device__ __forceinline__ OwnRows own_rows_of(int tile, int batch, int head) {
-    OwnRows own = {0, {0, 0}};
+  __device__ __forceinline__ OwnRows own_rows_of(int tile, rules::Place place) {
     const plan::TileMap& map = p.keys.columns;
-    if (tile >= map.outer_tiles || 2 * tile >= p.keys.row_tiles) return own;
-    const int64_t row = map_row(p.keys, map, mask_place(p.keys, batch, head), tile);
-    const int64_t word = row * map.words + tile / 16;
+    if (tile >= map.outer_tiles || 2 * tile >= p.keys.row_tiles) return {0, 0};
+    const int64_t word = map_row(p.keys, map, place, tile) * map.words + tile / 16;
     const int shift = 2 * tile % 32;
-    own.met = (map.visible[word] >> shift) & 3;
-    const int partial = (map.hidden[word] >> shift) & own.met;
+    const int met = (map.visible[word] >> shift) & 3;
+    const int partial = (map.hidden[word] >> shift) & met;
     // The first that is partial brings the keys' runs.
-    own.partial[0] = 2 * (partial & 1);
-    own.partial[1] = (partial & 2) == 0 ? 0 : partial == 3 ? 1 : 2;
-    return own;
+    const int second = (partial & 2) == 0 ? 0 : partial == 3 ? 1 : 2;
+    return {met, 2 * (partial & 1) | second << kPartialBits};
   }
 
   // Whether the rows of a row item see a tile of keys.
-  __device__ __forceinline__ bool sees_tile(const Item& item, int key_tile) {
+  __device__ __forceinline__ bool sees_tile(int row_tile, rules::Place place, int key_tile) {
     const plan::TileMap& map = p.rows.map;
-    const int row = 2 * item.row_tile;
-    const int64_t first = map_row(p.rows, mask_place(p.rows, item.batch, item.head), row);
+    const int row = 2 * row_tile;
+    const int64_t first = map_row(p.rows, place, row);
     const uint32_t* word = map.visible + first * map.words + key_tile / 32;
     uint32_t tiles = word[0];
     if (row + 1 < map.outer_tiles) tiles |= word[map.words];
     return key_tile < map.inner_tiles && (tiles >> (key_tile % 32) & 1) != 0;
   }
 
-  __device__ __forceinline__ Item row_item(int tile, int batch, int head) {
-    const int row = 2 * tile;
-    const int64_t first = map_row(p.rows, mask_place(p.rows, batch, head), row);
-    return {tile, batch, head,
-            count_union<C.rows().map_rows()>(p.rows, first, p.rows.map.outer_tiles - row)};
-  }
-
   // A tile's slots that stay for its keys' turn.
   struct Stays {
-    int rows[2];
-    int keys[2];
+    int rows = 0;  // two slots, 8 bits each
+    int keys = 0;  // likewise
     int rows_stay = 0;
     bool keys_stay = false;
   };
@@ -141,22 +143,25 @@ struct SplitLoader {
   // dQ of a tile's rows under `head`. What the tile's keys meet of them stays for `own.met`, and so
   // do the keys where keys_wait.
   __device__ __forceinline__ Stays rows(int tile, int batch, int head, int kv_head,
-                                        const OwnRows& own, bool keys_wait) {
-    const Item item = row_item(tile, batch, head);
+                                        rules::Place place, const OwnRows& own, bool keys_wait) {
+    const int row = 2 * tile;
+    const Item item = {tile, batch, head,
+                       count_union<C.rows().map_rows()>(p.rows, map_row(p.rows, place, row),
+                                                        p.rows.map.outer_tiles - row)};
     Stays stays;
-    SplitPhase phase = {SplitWork::kRows, 2 * item.count, 0, false};
     if (item.count > 0) {
-      phase.rows_stay = own.met;
-      phase.keys_stay = keys_wait && sees_tile(item, tile);
+      stays.rows_stay = own.met;
+      stays.keys_stay = keys_wait && sees_tile(tile, place, tile);
     }
-    publish(phase, {tile, batch, head});
+    publish({SplitWork::kRows, 2 * item.count, stays.rows_stay, stays.keys_stay},
+            {tile, batch, head});
     if (item.count == 0) return stays;
-    stays.rows_stay = phase.rows_stay;
-    stays.keys_stay = phase.keys_stay;
-    stays.rows[0] = load_rows(2 * tile, head, batch, own.partial[0]);
-    stays.rows[1] = load_rows(2 * tile + 1, head, batch, own.partial[1]);
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      stays.rows |= load_rows(row + i, head, batch, own.partial_of(i)) << 8 * i;
+    }
 
-    TileWalker<C.rows()> walker(p.rows, item);
+    TileWalker<C.rows()> walker(p.rows, item, place);
     bool fresh = true, own_partial = false;
 #pragma unroll 1
     for (int i = 0; i <= item.count; ++i) {
@@ -174,19 +179,14 @@ struct SplitLoader {
         break;
       }
       if (partial) {
-        ask({SplitWork::kRows, item, fresh, {key_tile, 0, {0, 0}, 0}});
+        ask({SplitWork::kRows, item, fresh, {key_tile, 0, place, 0}});
         fresh = false;
       }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int slot = load_keys(key_tile, half, kv_head, batch, partial);
-        stays.keys[half] = slot;
-        if (i < item.count) slots.put(slot);
-      }
+      stays.keys = load_keys(key_tile, kv_head, batch, partial, i < item.count);
     }
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < 2; ++i) {
-      if ((stays.rows_stay >> i & 1) == 0) slots.put(stays.rows[i]);
+      if ((stays.rows_stay >> i & 1) == 0) slots.put(stays.rows >> 8 * i & 255);
     }
     return stays;
   }
@@ -197,13 +197,8 @@ struct SplitLoader {
     const int tile = item.key_tile, last_head = item.first_head + p.keys.group_heads - 1;
     publish({SplitWork::kKeys, item.steps, stays.rows_stay, stays.keys_stay},
             {tile, item.batch, item.kv_head});
-    int own_keys[2] = {stays.keys[0], stays.keys[1]};
-    if (!stays.keys_stay) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        own_keys[half] = load_keys(tile, half, item.kv_head, item.batch, 0);
-      }
-    }
+    const int own_keys =
+        stays.keys_stay ? stays.keys : load_keys(tile, item.kv_head, item.batch, 0, false);
 #pragma unroll 1
     for (int head = last_head; head >= item.first_head; --head) {
       const rules::Place place = mask_place(p.keys, item.batch, head);
@@ -220,11 +215,11 @@ struct SplitLoader {
       };
       int met_begin = 0, met_end = 0;  // what has been met first
       if (head == last_head && stays.rows_stay != 0) {
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < 2; ++i) {
           if ((stays.rows_stay >> i & 1) == 0) continue;
-          prepare(2 * tile + i, own.partial[i] != 0);
-          slots.put(stays.rows[i]);
+          prepare(2 * tile + i, own.partial_of(i) != 0);
+          slots.put(stays.rows >> 8 * i & 255);
         }
         met_begin = 2 * tile;
         met_end = 2 * tile + 2;
@@ -232,14 +227,14 @@ struct SplitLoader {
 #pragma unroll 1
       for (int part = 0; part < 2; ++part) {
         const Span span = part == 0 ? Span{0, met_begin} : Span{met_end, p.keys.row_tiles};
-        for_each_row_tile<C.keys()>(p.keys, item, head, span, lane, [&](const RowTile& met) {
+        for_each_row_tile<C.keys()>(p.keys, item, place, span, lane, [&](const RowTile& met) {
           const int partial = prepare(met.tile, met.partial != 0);
           slots.put(load_rows(met.tile, head, item.batch, partial));
         });
       }
     }
-#pragma unroll
-    for (int half = 0; half < 2; ++half) slots.put(own_keys[half]);
+    slots.put(own_keys & 255);
+    slots.put(own_keys >> 8);
   }
 
   // Item `index`: its key tile, or tile of rows behind the last key.
@@ -265,6 +260,7 @@ struct SplitLoader {
   // Row tiles that the item's keys meet, over all of the group's heads.
   __device__ __forceinline__ int steps_of(const BackwardItem& item) {
     int steps = 0;
+#pragma unroll 1
     for (int i = 0; i < p.keys.group_heads; ++i) {
       const rules::Place place = mask_place(p.keys, item.batch, item.first_head + i);
       steps += p.keys.columns.count[map_row(p.keys, p.keys.columns, place, item.key_tile)];
@@ -278,7 +274,7 @@ struct SplitLoader {
 
   // Until the statistics of all of a kv head's rows are there, for copies too.
   __device__ __forceinline__ void await_stats(const BackwardItem& item) {
-    const int32_t* known = p.keys.known + 1 + item.batch * p.keys.kv_heads + item.kv_head;
+    const int32_t* known = known_of_pair(p.keys, item.batch * p.keys.kv_heads + item.kv_head);
     while (ptx::load_acquire(known) < row_tiles_of_pair(p.keys)) __nanosleep(100);
     ptx::fence_async_global();
   }
@@ -287,26 +283,26 @@ struct SplitLoader {
     int index = draw_item(p.keys.next_item, lane);
     while (index < p.keys.items) {
       BackwardItem item = item_of(index);
-      const int next = ask_for_item(p.keys.next_item, lane);
       await_stats(item);
       const int tile = item.key_tile;
       const bool has_keys = tile < p.keys.columns.outer_tiles;
       const int last_head = item.first_head + p.keys.group_heads - 1;
-      const OwnRows own = own_rows_of(tile, item.batch, last_head);
+      const OwnRows own = own_rows_of(tile, mask_place(p.keys, item.batch, last_head));
       Stays stays;
       if (has_rows(item)) {
 #pragma unroll 1
         for (int head = item.first_head; head <= last_head; ++head) {
           const bool last = head == last_head;
-          stays = rows(tile, item.batch, head, item.kv_head, last ? own : OwnRows{0, {0, 0}},
-                       last && has_keys);
+          stays = rows(tile, item.batch, head, item.kv_head, mask_place(p.keys, item.batch, head),
+                       last ? own : OwnRows{0, 0}, last && has_keys);
         }
       }
       if (has_keys) {
         item.steps = steps_of(item);
         keys(item, own, stays);
       }
-      index = drawn(next);
+      // Not ahead: where there is an item for each block, those that come first would have two.
+      index = draw_item(p.keys.next_item, lane);
     }
     publish({SplitWork::kNone, 0, 0, false}, {0, 0, 0});
     ask({SplitWork::kNone, {0, 0, 0, 0}, 0, {0, 0, {0, 0}, 0}});

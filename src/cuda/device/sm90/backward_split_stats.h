@@ -11,48 +11,71 @@
 
 namespace anymask::cuda {
 
-// Row tiles that a kv head's group has: BackwardParams::known counts those that are done.
+// Row tiles that a kv head's group has.
 __device__ __forceinline__ int row_tiles_of_pair(const BackwardParams& p) {
   return p.group_heads * p.row_tiles;
 }
 
-// With a warp: row tile after row tile, in the order of heads, until one is drawn that is not
-// before `until`: that one is made, too, if it is of `all`.
-template <typename Rows>
-__device__ __forceinline__ void make_drawn_rows(Rows& rows, int until, int all) {
-  const BackwardParams& p = rows.p;
-  int row_tile = draw_item(p.known, rows.lane);
-  if (row_tile >= all) return;
-  rows.begin(row_tile);
-  while (row_tile < all) {
-    const bool more = row_tile < until;
-    const int asked = more ? ask_for_item(p.known, rows.lane) : 0;
-    int next = all;
-    rows.make(row_tile, [&] {
-      if (more) next = drawn(asked);
-      next < all ? rows.point_to(next) : rows.point_to_none();
-    });
-    __syncwarp();
-    if (rows.lane == 0) ptx::add_release(p.known + 1 + row_tile / row_tiles_of_pair(p), 1);
-    row_tile = next;
-  }
-  ptx::copies_wait<0>();
+// Counts those that are done. pair: batch * kv_heads + kv_head.
+__device__ __forceinline__ int32_t* known_of_pair(const BackwardParams& p, int pair) {
+  return p.known + kPairTiles + pair;
 }
 
-// With a whole block, before anything else is in its slots. All warps make the row tiles that first
-// items need, the first blocks' warps those that are left. Whoever waits for one waits for a warp
-// that has drawn it, or for blocks that were scheduled before any other.
+// Where a warp's row tiles come from, in the order of heads: those that first items need; then, if
+// its block stays, the others. Two counters, so that nobody draws one that he has to make while his
+// items wait.
+struct RowTileSource {
+  const SplitParams& p;
+  const bool stays;
+  const int all;
+  const int lane;
+  bool early = true;
+  int asked = 0;
+
+  // Ahead of take().
+  __device__ __forceinline__ void ask() {
+    asked = ask_for_item(p.keys.known + (early ? kEarlyTiles : kLateTiles), lane);
+  }
+
+  // The next one, or `all` and more.
+  __device__ __forceinline__ int take() {
+    const int next = drawn(asked);
+    if (!early) return p.early_row_tiles + next;
+    if (next < p.early_row_tiles) return next;
+    early = false;
+    return stays ? p.early_row_tiles + draw_item(p.keys.known + kLateTiles, lane) : all;
+  }
+};
+
+// With a whole block, before anything else is in its slots. Whoever waits for a row tile waits for
+// a warp that has begun it, or for blocks that were scheduled before any other.
 template <SplitConfig C>
 __device__ __forceinline__ void make_split_stats(const SplitParams& p, SplitShared<C>& shared,
                                                  int warp, int lane) {
   constexpr int kStages = C.stats_stages();
   constexpr int kBytes = kStages * row_stats_bytes(C.value_depth);
-  static_assert(C.threads() / 32 * kBytes <= sizeof(shared.inner) + sizeof(shared.values));
-  const bool stays = static_cast<int>(blockIdx.x) < p.stats_blocks;
+  constexpr int kWarps = C.threads() / 32;
+  static_assert(kWarps * kBytes <= sizeof(shared.inner) + sizeof(shared.values));
   const int all = p.keys.batch * p.keys.q_heads * p.keys.row_tiles;
+  RowTileSource source{p, static_cast<int>(blockIdx.x) < p.stats_blocks, all, lane};
   WarpRows<C.half != 0, C.value_depth, kStages> rows{p.keys, lane,
                                                      &shared.inner[0][0][0] + warp * kBytes};
-  make_drawn_rows(rows, stays ? all : p.early_row_tiles, all);
+  source.ask();
+  int row_tile = source.take();
+  if (row_tile < all) rows.begin(row_tile);
+#pragma unroll 1
+  while (row_tile < all) {
+    source.ask();
+    int next = all;
+    rows.make(row_tile, [&] {
+      next = source.take();
+      next < all ? rows.point_to(next) : rows.point_to_none();
+    });
+    __syncwarp();
+    if (lane == 0) ptx::add_release(known_of_pair(p.keys, row_tile / row_tiles_of_pair(p.keys)), 1);
+    row_tile = next;
+  }
+  ptx::copies_wait<0>();
   ptx::fence_async_shared();  // slots are the copy engine's from now on
 }
 

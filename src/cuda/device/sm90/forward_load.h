@@ -104,7 +104,7 @@ struct LoadWarp {
     }
     // K runs one tile ahead of V: its stage frees first, and it is wanted first.
     int tile = 0, tile_before = 0;
-    TileWalker<C> walker(p, item);
+    TileWalker<C> walker(p, item, mask_place(p, item.batch, item.head));
     const int publish_at = tiles > 1 ? tiles - 2 : 0;
 #pragma unroll 1
     for (int i = 0; i <= tiles; ++i) {

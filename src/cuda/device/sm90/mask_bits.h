@@ -337,7 +337,7 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
     }
     if constexpr (C.has(kDropout)) dropout = dropout_of(p.scores, item.batch, item.head);
 
-    TileWalker<C> walker(p, item);
+    TileWalker<C> walker(p, item, mask_place(p, item.batch, item.head));
 #pragma unroll 1
     for (int i = 0; i < item.count; ++i) {
       walker.next();

@@ -122,11 +122,11 @@ struct TileWalker {
   int tile = 0;
   bool is_partial = false;
 
-  __device__ __forceinline__ TileWalker(const ForwardParams& params, const Item& item)
+  // place: of the item's head.
+  __device__ __forceinline__ TileWalker(const ForwardParams& params, const Item& item,
+                                        rules::Place place)
       : p(params),
-        visible(p.map.visible +
-                map_row(p, mask_place(p, item.batch, item.head), kRows * item.row_tile) *
-                    p.map.words),
+        visible(p.map.visible + map_row(p, place, kRows * item.row_tile) * p.map.words),
         rows(rules::min_of(kRows, p.map.outer_tiles - kRows * item.row_tile)) {}
 
   // Called item.count times.
