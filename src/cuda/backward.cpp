@@ -220,7 +220,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const int32_t tiles =
       checked_count(problem.batch * problem.q_heads * row_tiles_of(problem.q_len), "row tiles");
   const DeviceScope scope(ordinal);
-  const SplitUse split = split_use(call, problem, config, gpu(ordinal));
+  const SplitUse split = split_use(*call.program, problem, config, gpu(ordinal));
 
   BackwardParams params = params_of(call, problem, config);
   char* workspace = static_cast<char*>(call.workspace);

@@ -70,23 +70,24 @@ int64_t tiles_of(const Problem& problem) {
 // Whether later keys are hidden from more rows (the last key from half of them), and no window
 // hides early keys from late rows: then a tile that has many keys to meet as rows has few rows to
 // meet as keys, unless there are many more of one than of the other.
-bool is_causal(const RunRecipe& recipe, const Problem& problem) {
-  return recipe.usable != 0 && problem.kv_len - 1 - recipe.band_hi >= problem.q_len / 2 &&
+bool is_causal(const rules::Program& program, const Problem& problem) {
+  const RunRecipe recipe = recipe_of(program);
+  return recipe.usable != 0 && program.key_order == nullptr &&
+         problem.kv_len - 1 - recipe.band_hi >= problem.q_len / 2 &&
          -recipe.band_lo >= problem.q_len - 1 && problem.kv_len <= 2 * problem.q_len &&
          problem.q_len <= 2 * problem.kv_len;
 }
 
 }  // namespace
 
-SplitUse split_use(const BackwardCall& call, const Problem& problem, const BackwardConfig& config,
-                   const Gpu& gpu) {
+SplitUse split_use(const rules::Program& program, const Problem& problem,
+                   const BackwardConfig& config, const Gpu& gpu) {
   if (config.wide != 0 || config.features != 0 || config.baked()) return SplitUse::kNever;
   if (problem.q_len == 0 || problem.kv_len == 0) return SplitUse::kNever;
   // Up to two items for each multiprocessor a causal call waits for its heaviest key tiles, while
   // here items are about equal. And there are no other launches (14 us).
   const int64_t items = problem.batch * problem.kv_heads * tiles_of(problem);
-  if (config.adds_keys == 0 && items <= 2 * gpu.multiprocessors &&
-      is_causal(recipe_of(*call.program), problem)) {
+  if (config.adds_keys == 0 && items <= 2 * gpu.multiprocessors && is_causal(program, problem)) {
     return SplitUse::kAlone;
   }
   // One more launch is lost on a call that does not fill the device a few times.
@@ -97,34 +98,38 @@ SplitUse split_use(const BackwardCall& call, const Problem& problem, const Backw
 
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
                          const Chunks& chunks, const Gpu& gpu) {
-  // Row tiles that a key tile meets, in the mean. On an H100 S = 1024 takes 1.33 to 1.38 times as
-  // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
-  // Where blocks are at rows of a whole group each, and all those rows do not fit L2, from 17 on
-  // (32/8 heads, H100: S = 1024 full 398 TFLOP/s instead of 232, 2048 causal 399 and 278).
-  const int64_t kMostTiles = chunks.blocks_fit || config.adds_keys != 0 ? 12 : 17;
   const plan::TileMap& map = call.columns;
   const int64_t places = int64_t{call.program->batches} * call.program->heads;
   const int64_t key_tiles = places * map.outer_tiles;
-  const int64_t few = key_tiles * kMostTiles;
-  if (config.chained != kOrdered) return {map.total, few, 0};
+  const int64_t group = call.q.shape[2] / call.k.shape[2];
+  // Row tiles that a key tile meets, in the mean. On an H100 S = 1024 takes 1.33 to 1.38 times as
+  // long unsplit where it is 4 to 5, causal (9) 1.13; from 13 on unsplit is faster.
+  constexpr int64_t kMostTiles = 12;
+  int64_t most = key_tiles * kMostTiles;
+  // The query heads of a group are one after the other in an item, and unless a mask is nearly full
+  // blocks are at different ones. Where all their rows do not fit L2 unsplit is slower up to a
+  // share of the tiles (32/8 heads, S = 2048: causal 280 instead of 393 TFLOP/s, prefix_lm, 0.64,
+  // 346 and 389, full 506 and 429), else up to some more of them (16/8: causal 358 and 421 at 2048,
+  // 421 and 420 at 4096).
+  if (group > 1 && config.adds_keys == 0) {
+    constexpr double kMostShare = 0.75;
+    constexpr int64_t kMostGroupTiles = 17;
+    auto of_group =
+        static_cast<int64_t>(kMostShare * static_cast<double>(key_tiles) * map.inner_tiles);
+    if (chunks.blocks_fit) of_group = std::min(of_group, key_tiles * kMostGroupTiles);
+    most = std::max(most, of_group);
+  }
+  if (config.chained != kOrdered) return {map.total, most, 0};
   // A row tile takes parts one after the other, each about a step after the one before, so a
   // chunk's chains take as long as its fullest row tile has parts, and its work 1 / blocks of its
   // tiles. That ratio is at most 1.5 for masks whose chains hardly wait (prefix_lm_document,
   // random_eviction) and 1.7 where all key tiles meet the same few rows (causal_blockwise, 1.1
   // times as fast split, though chunk_of runs more pairs side by side there).
   constexpr double kMostRatio = 1.55;
-  const int64_t group = call.q.shape[2] / call.k.shape[2];
   const auto crowding =
       static_cast<int64_t>(gpu.multiprocessors / kMostRatio * static_cast<double>(places) /
                            static_cast<double>(chunks.size * group));
-  // The query heads of a group are one after the other in an item, and unless a mask is nearly full
-  // blocks are at different ones. Where these do not fit L2, causal takes 1.12 times as long
-  // unsplit (full 0.89).
-  constexpr double kMostShare = 0.6;
-  if (group == 1 || chunks.two_fit) return {map.total, few, crowding};
-  const auto most =
-      static_cast<int64_t>(kMostShare * static_cast<double>(key_tiles) * map.inner_tiles);
-  return {map.total, std::max(few, most), crowding};
+  return {map.total, most, crowding};
 }
 
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config) {

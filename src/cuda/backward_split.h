@@ -17,8 +17,8 @@ enum class SplitUse {
 };
 
 // config: the main kernel's variant.
-SplitUse split_use(const BackwardCall& call, const Problem& problem, const BackwardConfig& config,
-                   const Gpu& gpu);
+SplitUse split_use(const rules::Program& program, const Problem& problem,
+                   const BackwardConfig& config, const Gpu& gpu);
 
 // When a call comes to it whose use is kByPlan. chunks: of pairs whose chains of sums run side by
 // side on `gpu`.

@@ -71,14 +71,14 @@ int32_t chained_by(const Problem& problem, bool deterministic, int32_t features)
 // As many pairs as have Q, dO and the float32 dQ of their query heads in two fifths of L2. But
 // the last ones run together whatever the cache holds, four items for every multiprocessor:
 // heaviest first only balances where there is something to sort (causal, S = 8192, B = 4: 525 ->
-// 548 TFLOP/s). With grouped heads items are so heavy that this goes for all (458 -> 530).
+// 548 TFLOP/s). With grouped heads items are as many times as heavy, so as many fewer will do: side
+// by side they only push each other's rows out of L2 (32/8, full, S = 1024: 234 -> 469).
 // Chained, blocks of a pair have to run together (and where masks are sparse, more pairs:
 // chunk_of). With segments of rows work goes from one to the next.
 Chunks::Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& gpu, int64_t pairs,
                int64_t key_tiles, int segments) {
   const int64_t group = config.adds_keys != 0 ? 1 : problem.q_heads / problem.kv_heads;
   const int64_t bytes = bytes_of_pair(problem, group);
-  two_fit = 2 * bytes <= gpu.l2_bytes;
   blocks_fit = (gpu.multiprocessors / std::max<int64_t>(1, key_tiles) + 1) * bytes <= gpu.l2_bytes;
   if (segments > 1) {
     size = tail = 1;
@@ -87,9 +87,8 @@ Chunks::Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& 
   const int64_t enough =
       config.has_turns()
           ? 1
-          : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles));
+          : std::max<int64_t>(1, 4 * gpu.multiprocessors / std::max<int64_t>(1, key_tiles * group));
   size = gpu.l2_bytes * 2 / 5 / std::max<int64_t>(1, bytes);
-  if (group > 1) size = std::max(size, enough);
   size = std::clamp<int64_t>(size, 1, pairs);
   tail = std::min(enough, pairs);
   tail += (pairs - tail) % size;  // before them, whole chunks

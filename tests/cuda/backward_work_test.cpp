@@ -77,12 +77,16 @@ TEST(BackwardWork, ChunksFillPartOfTheCache) {
   EXPECT_EQ(chunks.size, 2);  // of 8 MiB each
   EXPECT_EQ(chunks.tail, 9);  // 8 fill the device; before them, whole chunks
   EXPECT_EQ((127 - chunks.tail) % chunks.size, 0);
-  EXPECT_TRUE(chunks.two_fit);
+  EXPECT_TRUE(chunks.blocks_fit) << "three pairs";
   const Problem grouped = problem(128, 8192, 8);
   const BackwardConfig chained = backward_variant(128, 128, false, MaskPath::kRuns, kOrdered);
   const Chunks one(grouped, chained, gpu, 32, 64, 1);
   EXPECT_EQ(one.size, 1);
-  EXPECT_FALSE(one.two_fit);
+  EXPECT_FALSE(one.blocks_fit);
+  const Problem short_rows = problem(128, 1024, 8);  // 4 MiB a pair
+  const Chunks four(short_rows, plain, gpu, 128, 8, 1);
+  EXPECT_EQ(four.size, 5);
+  EXPECT_EQ(four.tail, 18) << "a group's items are four heads' work";
 }
 
 }  // namespace

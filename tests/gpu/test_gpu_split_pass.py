@@ -120,6 +120,25 @@ def test_grouped_heads(kv_heads):
         check(q, k, v, mask, allowed, scale=-0.2)
 
 
+@pytest.mark.parametrize(("dims", "dtype"), [((128, 128), "bfloat16"), ((64, 40), "float16")])
+@pytest.mark.parametrize("heads", [(12, 12), (24, 12), (15, 15)])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_few_causal_items(dims, dtype, heads, deterministic):
+    """Nothing else is launched then."""
+    rng = np.random.default_rng(27)
+    for m, n in ((LENGTH, LENGTH), (LENGTH + 41, LENGTH), (2 * LENGTH // 3, LENGTH)):
+        q, k, v = inputs(2, m, n, heads, dims, dtype)
+        causal = reference.causal(m, n)
+        check(q, k, v, am.causal(), causal, with_lse=True, deterministic=deterministic)
+        q_ids, kv_ids = (np.sort(rng.integers(0, 3, (2, x))).astype(np.int32) for x in (m, n))
+        check(q, k, v, am.causal() & am.documents(q_ids, kv_ids),
+              causal & reference.documents(q_ids, kv_ids), deterministic=deterministic)  # fmt: skip
+    dout = gradient_of(q, v)
+    first = run(q, k, v, am.causal(), dout=dout)
+    for _ in range(20):
+        assert_same(run(q, k, v, am.causal(), dout=dout), first)
+
+
 def test_either_pass_in_one_batch_of_plans():
     """The same variant of a call, dense and sparse by turns: both passes leave all in order."""
     rng = np.random.default_rng(23)
