@@ -14,6 +14,7 @@ struct Call {
   int64_t batch = 1, q_heads = 8, kv_heads = 8, q_len = 2048, kv_len = 2048, head_dim = 128;
   int32_t band_lo = -kFar;
   int32_t features = 0;
+  int32_t chained = kUnchained;
   bool reordered = false, adds_keys = false;
 
   SplitUse use() const {
@@ -33,8 +34,8 @@ struct Call {
                         .hi = static_cast<int32_t>(kv_len - q_len)};  // causal
     const int32_t order = 0;
     if (reordered) program.key_order = &order;
-    const BackwardConfig config = backward_variant(head_dim, head_dim, false, MaskPath::kRuns,
-                                                   kUnchained, features, adds_keys);
+    const BackwardConfig config =
+        backward_variant(head_dim, head_dim, false, MaskPath::kRuns, chained, features, adds_keys);
     return split_use(program, problem, config, gpu);
   }
 };
@@ -43,9 +44,11 @@ TEST(BackwardSplit, IsAllThatIsLaunchedForCausalCallsOfFewItems) {
   EXPECT_EQ(Call{}.use(), SplitUse::kAlone);
   EXPECT_EQ((Call{.q_heads = 32}).use(), SplitUse::kAlone) << "grouped heads";
   EXPECT_EQ((Call{.q_len = 1500}).use(), SplitUse::kAlone);
-  EXPECT_EQ((Call{.head_dim = 40}).use(), SplitUse::kAlone);
+  EXPECT_EQ((Call{.head_dim = 72}).use(), SplitUse::kAlone);
+  EXPECT_NE((Call{.head_dim = 64}).use(), SplitUse::kAlone);
   EXPECT_EQ((Call{.q_heads = 16, .kv_heads = 16}).use(), SplitUse::kAlone) << "256 items";
   EXPECT_NE((Call{.q_heads = 17, .kv_heads = 17}).use(), SplitUse::kAlone) << "272";
+  EXPECT_EQ((Call{.q_heads = 32, .kv_heads = 32, .chained = kOrdered}).use(), SplitUse::kAlone);
 }
 
 TEST(BackwardSplit, ItsTilesMustBeBalanced) {

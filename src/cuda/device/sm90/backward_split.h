@@ -2,7 +2,7 @@
 //
 // S and P are computed once more than when a block makes all three as it walks a key tile. But no
 // sum of dQ is ever in memory, all sums have one order, and a block has what its rows and its keys
-// meet in common. docs/kernels/backward.md says when that is faster.
+// meet in common. docs/kernels/backward_split.md says when that is faster.
 //
 // A block has one producer warpgroup and two math warpgroups.
 #pragma once
