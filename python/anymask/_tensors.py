@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,11 @@ _TENSOR = struct.Struct("@P4i8q")
 _NODE = struct.Struct("@2i2q")
 # anymask_problem: seven sizes, (dtype, device_type, device_index, reserved)
 _PROBLEM = struct.Struct("@7q4i")
+# anymask_mask: nodes, count
+_MASK = struct.Struct("@Pq")
 
 NO_TENSOR = bytes(_TENSOR.size)
+_NO_TENSORS = [NO_TENSOR * n for n in range(3)]
 CPU, CUDA = 0, 1
 
 DTYPE_CODES = {
@@ -43,7 +46,9 @@ _PAD = {n: (1,) * n for n in range(5)}
 # Strides of a tensor without elements mean nothing, and frameworks say anything (often 0).
 _EMPTY_STRIDES = _PAD
 
+# Element types met so far: their names take a microsecond to find.
 _torch_codes: dict[Any, int] = {}
+_numpy_codes: dict[np.dtype, int] = {}
 
 
 def torch_module() -> Any | None:
@@ -81,23 +86,30 @@ def torch_code(dtype: Any, name: str) -> int:
     return code
 
 
+def torch_place(tensor: Any, name: str) -> tuple[int, int]:
+    """The C ABI's device type and index of a torch tensor. (Two flags: the name of its device takes
+    four times as long.)"""
+    if tensor.is_cpu:
+        return CPU, 0
+    if tensor.is_cuda:
+        return CUDA, tensor.get_device()
+    raise TypeError(f"{name}: got a tensor on {tensor.device}, it must be on the CPU or a CUDA GPU")
+
+
 def pack_torch(tensor: Any, name: str, pointer: int | None = None) -> bytes:
     """anymask_tensor of a torch tensor (strides in elements, no copy).
 
     `pointer` stands in for the address of a tensor without memory, where only its shape matters.
     """
-    address = tensor.data_ptr() if pointer is None else pointer
-    shape, ndim = tensor.shape, tensor.dim()
+    shape = tensor.shape
+    ndim = len(shape)
     if ndim > 4 or ndim == 0:
         raise ValueError(f"{name}: got {ndim} dimensions, 1 to 4 are possible")
-    device = tensor.device
-    if device.type == "cpu":
-        device_type, index = CPU, 0
-    elif device.type == "cuda":
-        device_type, index = CUDA, device.index
-    else:
-        raise TypeError(f"{name}: got a tensor on {device}, it must be on the CPU or a CUDA GPU")
-    code = torch_code(tensor.dtype, name)
+    address = tensor.data_ptr() if pointer is None else pointer
+    device_type, index = torch_place(tensor, name)
+    code = _torch_codes.get(tensor.dtype)
+    if code is None:
+        code = torch_code(tensor.dtype, name)
     strides = tensor.stride() if address else _EMPTY_STRIDES[ndim]
     if ndim == 4:
         return _TENSOR.pack(address, code, device_type, index, 4, *shape, *strides)
@@ -105,12 +117,19 @@ def pack_torch(tensor: Any, name: str, pointer: int | None = None) -> bytes:
     return _TENSOR.pack(address, code, device_type, index, ndim, *shape, *pad, *strides, *pad)
 
 
+def _numpy_code(dtype: np.dtype, name: str) -> int:
+    if dtype.name not in DTYPE_CODES or not dtype.isnative:
+        raise TypeError(f"{name}: got element type {dtype}, which anymask does not know")
+    code = _numpy_codes[dtype] = DTYPE_CODES[dtype.name]
+    return code
+
+
 def pack_numpy(array: np.ndarray, name: str) -> bytes:
     """anymask_tensor of a NumPy array (strides in elements, no copy)."""
     ndim, size = array.ndim, array.itemsize
-    code = DTYPE_CODES.get(array.dtype.name)
-    if code is None or not array.dtype.isnative:
-        raise TypeError(f"{name}: got element type {array.dtype}, which anymask does not know")
+    code = _numpy_codes.get(array.dtype)
+    if code is None:
+        code = _numpy_code(array.dtype, name)
     if ndim > 4 or ndim == 0:
         raise ValueError(f"{name}: got {ndim} dimensions, 1 to 4 are possible")
     strides = [stride // size for stride in array.strides] if array.size else _EMPTY_STRIDES[ndim]
@@ -133,23 +152,18 @@ def pack(array: Any, name: str) -> bytes:
     raise TypeError(f"{name}: got {type(array).__name__}, a NumPy array or torch tensor is needed")
 
 
-def pack_nodes(spec: Sequence[int], arrays: Sequence[Any], pointer: int | None = None) -> bytes:
+def _pack_nodes(
+    spec: Sequence[int], arrays: Sequence[Any], pack_array: Callable[[Any, str], bytes]
+) -> bytes:
     """The array of anymask_node that a mask's spec (four integers a node) and arrays state."""
     parts = []
-    position = 0
+    left = iter(arrays)
     for i in range(0, len(spec), 4):
-        count = spec[i + 3]
         parts.append(_NODE.pack(spec[i], 0, spec[i + 1], spec[i + 2]))
-        for slot in range(2):
-            if slot < count:
-                array = arrays[position]
-                if pointer is None:
-                    parts.append(pack(array, "mask"))
-                else:
-                    parts.append(pack_torch(array, "mask", pointer))
-                position += 1
-            else:
-                parts.append(NO_TENSOR)
+        count = spec[i + 3]
+        for _ in range(count):
+            parts.append(pack_array(next(left), "mask"))
+        parts.append(_NO_TENSORS[2 - count])
     return b"".join(parts)
 
 
@@ -158,16 +172,15 @@ def pack_problem(sizes: Sequence[int], dtype: int, device_type: int, index: int)
     return _PROBLEM.pack(*sizes, dtype, device_type, index, 0)
 
 
-_MASK = struct.Struct("@Pq")
-
-
 def pack_mask(
-    spec: Sequence[int], arrays: Sequence[Any], pointer: int | None = None
+    spec: Sequence[int],
+    arrays: Sequence[Any],
+    pack_array: Callable[[Any, str], bytes] = pack,
 ) -> tuple[bytes, Any]:
     """anymask_mask and the object that must live as long as it is used.
 
-    `pointer` stands for the arrays' memory where only their shapes matter (fake tensors).
+    pack_array: `pack`, or what does the same for the arrays that there are.
     """
-    nodes = pack_nodes(spec, arrays, pointer)
+    nodes = _pack_nodes(spec, arrays, pack_array)
     buffer = ctypes.create_string_buffer(nodes, len(nodes))
     return _MASK.pack(ctypes.addressof(buffer), len(spec) // 4), buffer

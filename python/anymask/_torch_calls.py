@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from anymask import _scores, _tensors
 from anymask._library import check, library
 from anymask._scores import NO_SCORES, ScoreOptions
-from anymask._tensors import pack_torch
+from anymask._tensors import pack_mask, pack_problem, pack_torch
 from anymask.attention import FORWARD_TAIL, NAN
 from anymask.plans import ALIGNMENT, aligned_bytes
 
@@ -27,20 +28,17 @@ _BACKWARD_TAIL = struct.Struct("@PqdPPq2i")
 _SOMEWHERE = 4096
 
 
-def _place(device: torch.device) -> tuple[int, int]:
-    return (_tensors.CUDA, device.index) if device.type == "cuda" else (_tensors.CPU, 0)
-
-
 def _stream(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
-    return torch.cuda.current_stream(device).cuda_stream
+    # torch.cuda.current_stream would make an object of it first.
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _problem(q: Tensor, k: Tensor, v: Tensor) -> bytes:
     batch, q_len, q_heads, head_dim = q.shape
     sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
-    return _tensors.pack_problem(sizes, _tensors.torch_code(q.dtype, "q"), *_place(q.device))
+    return pack_problem(sizes, _tensors.torch_code(q.dtype, "q"), *_tensors.torch_place(q, "q"))
 
 
 def _aligned(plan: Tensor) -> Tensor:
@@ -133,12 +131,13 @@ def plan(
     device: torch.device,
 ) -> Tensor:
     """The operator anymask::plan."""
-    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    mask, _nodes = pack_mask(mask_spec, mask_arrays, pack_torch)
     return _build(mask, _planned_problem(sizes, dtype, device), device)
 
 
 def _planned_problem(sizes: Sequence[int], dtype: torch.dtype, device: torch.device) -> bytes:
-    return _tensors.pack_problem(sizes, _tensors.torch_code(dtype, "dtype"), *_place(device))
+    place = (_tensors.CUDA, device.index) if device.type == "cuda" else (_tensors.CPU, 0)
+    return pack_problem(sizes, _tensors.torch_code(dtype, "dtype"), *place)
 
 
 def plan_bytes(
@@ -149,7 +148,7 @@ def plan_bytes(
     device: torch.device,
 ) -> int:
     """The size of what `plan` returns, for tensors without memory."""
-    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays, _SOMEWHERE)
+    mask, _nodes = pack_mask(mask_spec, mask_arrays, partial(pack_torch, pointer=_SOMEWHERE))
     return _bytes_of_plan(mask, _planned_problem(sizes, dtype, device))
 
 
@@ -167,7 +166,7 @@ def forward(
     """The operator anymask::forward; `scores`: the first of ScoreOptions' values, or all."""
     out, lse = forward_outputs(q, k, v)
     q, k, v = _loadable(q), _loadable(k), _loadable(v)
-    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    mask, _nodes = pack_mask(mask_spec, mask_arrays, pack_torch)
     tail, _alive = _tail(q, k, v, mask, plan, scale, None)
     options, _options = _pack_options(scores) if scores else (NO_SCORES, None)
     args = b"".join(
@@ -226,7 +225,7 @@ def backward(
     gradients = empty_gradients(q, k, v, wanted, scores)
     dout = torch.zeros_like(out) if dout is None else _loadable(_rows_contiguous(dout))
     q, k, v, out = _loadable(q), _loadable(k), _loadable(v), _loadable(out)
-    mask, _nodes = _tensors.pack_mask(mask_spec, mask_arrays)
+    mask, _nodes = pack_mask(mask_spec, mask_arrays, pack_torch)
     options, _options = _pack_options(scores) if scores else (NO_SCORES, (None, None))
     score_gradients, _gradients = NO_SCORES, None
     if len(gradients) > 3:
@@ -279,7 +278,7 @@ def _rows_contiguous(tensor: Tensor) -> Tensor:
 def _loadable(tensor: Tensor) -> Tensor:
     """The tensor, copied if CUDA's copy engine cannot read it: it needs addresses and strides of
     whole 16 bytes, which is 8 elements of the 16-bit types that CUDA calls take."""
-    if tensor.device.type != "cuda":
+    if not tensor.is_cuda:
         return tensor
     *steps, _ = tensor.stride()
     if tensor.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps):

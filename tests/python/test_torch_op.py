@@ -316,6 +316,40 @@ def test_meta_tensors_have_shapes():
     assert out.device.type == "meta" and lse.dtype == torch.float32
 
 
+class _Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class _Called(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_watchers_see_the_operator(grad):
+    """A small call does without the dispatcher, but not where somebody would miss it."""
+    leaves, mask = inputs(grad=grad), some_mask()
+    expected = am.attention(*leaves, mask)
+    for mode in (_Dispatched(), _Called()):
+        with mode:
+            assert torch.equal(am.attention(*leaves, mask), expected)
+        assert any("anymask.forward" in name for name in mode.seen), mode.seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert torch.equal(am.attention(*leaves, mask), expected)
+    assert "anymask::forward" in {event.name for event in profile.events()}
+
+
 def test_export():
     class Layer(torch.nn.Module):
         def forward(self, q, k, v, ids):
