@@ -99,6 +99,8 @@ def attention(
     elif layout != "bshd":
         raise ValueError(f"layout: got {layout!r}, 'bshd' or 'bhsd' is needed")
 
+    if scale is not None and not isinstance(scale, float):
+        scale = _scores.number(scale, "scale")
     options = ()
     if (
         dropout_p != 0.0
@@ -112,7 +114,7 @@ def attention(
     else:
         from anymask import torch_op
 
-        out, lse = torch_op.attention(q, k, v, mask, plan, scale, deterministic, options)
+        out, lse = torch_op.attention(q, k, v, mask, plan, scale, bool(deterministic), options)
     if layout == "bhsd":
         out = out.swapaxes(1, 2)
     return (out, lse) if return_lse else out

@@ -55,6 +55,7 @@ CALLS = [
     (TypeError, r"q: got list; q, k and v must", lambda: am.attention([1], K, V)),
     (ValueError, r"layout: got 'sbhd'", lambda: am.attention(Q, K, V, layout="sbhd")),
     (ValueError, r"scale is inf", lambda: am.attention(Q, K, V, scale=float("inf"))),
+    (TypeError, r"scale: got '0.5', a number", lambda: am.attention(Q, K, V, scale="0.5")),
     # score options
     (ValueError, r"dropout_p is 1\.0.*at least 0 and less than 1", lambda: am.attention(
         Q, K, V, dropout_p=1.0)),
