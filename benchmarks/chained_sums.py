@@ -2,6 +2,7 @@
 
     python benchmarks/chained_sums.py                     # masks x heads side by side x latencies
     python benchmarks/chained_sums.py --masks full --chunks 1,2 --latencies 1,2,3
+    python benchmarks/chained_sums.py --pairs 256 --ascending  # as a variant of the kernel would
 
 Blocks draw items, which are the key tiles of a (batch, head) pair, the last one first and those of
 a chunk of pairs by turns. An item walks the row tiles that it meets, a step each, and a step ends
@@ -41,6 +42,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--latencies", type=numbers(float), default=(1.0, 2.0, 3.0),
                         help="steps that a turn takes from block to block")  # fmt: skip
+    parser.add_argument(
+        "--ascending", action="store_true", help="row tiles in order, none before a gap at the end"
+    )
     return parser.parse_args(arguments)
 
 
@@ -53,7 +57,12 @@ def late_rows_last(rows: list[int]) -> list[int]:
 
 
 def share_at_work(
-    met: np.ndarray, pairs: int, chunk: int, latency: float, blocks: int = 132
+    met: np.ndarray,
+    pairs: int,
+    chunk: int,
+    latency: float,
+    blocks: int = 132,
+    ascending: bool = False,
 ) -> float:
     """The share of the time that blocks work.
 
@@ -63,8 +72,11 @@ def share_at_work(
         chunk: pairs whose items are drawn by turns.
         latency: in steps.
         blocks: that run at a time.
+        ascending: whether all items walk their row tiles in order.
     """
-    items = [late_rows_last(np.nonzero(column)[0].tolist()) for column in met.T]
+    items = [np.nonzero(column)[0].tolist() for column in met.T]
+    if not ascending:
+        items = [late_rows_last(rows) for rows in items]
     free = [0.0] * blocks  # when each block is, as a heap
     turns = [[-np.inf] * len(met) for _ in range(pairs)]  # when each row tile's next turn has come
     for first in range(0, pairs, chunk):
@@ -92,7 +104,9 @@ def main() -> int:
             met = mask.tile_classes(q_len=options.length, tile=TILE)[0, 0] != NONE
             for latency in options.latencies:
                 shares = [
-                    share_at_work(met, options.pairs, chunk, latency, options.blocks)
+                    share_at_work(
+                        met, options.pairs, chunk, latency, options.blocks, options.ascending
+                    )
                     for chunk in options.chunks
                 ]
                 table.add_row(name, f"{latency:g}", *(f"{share:.2f}" for share in shares))

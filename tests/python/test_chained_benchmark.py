@@ -46,6 +46,19 @@ def test_rows_before_a_gap_come_last(benchmark):
     assert benchmark.late_rows_last([]) == []
 
 
+def test_in_order_nobody_waits_who_comes_later_anyway(benchmark):
+    """Rows of their own, 8 and 11, and then two that both key tiles meet."""
+    met = np.zeros((40, 2), bool)
+    met[0:8, 1] = met[16:27, 0] = met[30:32, :] = True
+    work = (8 + 11 + 4 + 2 * benchmark.BETWEEN_ITEMS) / 2
+    whole = 11 + 2 + benchmark.BETWEEN_ITEMS
+    latency = 2.0
+    in_order = benchmark.share_at_work(met, 1, 1, latency, blocks=2, ascending=True)
+    assert in_order == pytest.approx(work / whole)
+    shared_first = benchmark.share_at_work(met, 1, 1, latency, blocks=2)
+    assert shared_first == pytest.approx(work / (whole + latency))
+
+
 def test_the_table_has_every_mask_and_latency(benchmark, monkeypatch, capsys):
     options = benchmark.parse(
         ["--masks=full,causal", "--length=512", "--pairs=4", "--latencies=1,4", "--chunks=1,4"]
