@@ -69,6 +69,11 @@ static_assert(sizeof(BackwardConfig) == 16 * sizeof(int32_t));
 
 // ---- workspace ----------------------------------------------------------------------------------
 
+template <typename T>
+T* at(void* memory, int64_t offset) {
+  return reinterpret_cast<T*>(static_cast<char*>(memory) + offset);
+}
+
 struct Workspace {
   int64_t q_sums, stats, turns;  // offsets
   int64_t counters, counter_bytes;
@@ -93,6 +98,18 @@ struct Workspace {
     key_sums = take(gradients.key_bytes());
     pair_sums = take(gradients.pair_bytes());
     bytes = used_;
+  }
+
+  void place(BackwardParams& params, void* memory) const {
+    params.q_sums = at<float>(memory, q_sums);
+    params.stats = at<uint16_t>(memory, stats);
+    params.turns = at<int32_t>(memory, turns);
+    params.next_item = at<int32_t>(memory, counters);
+    params.known = params.next_item + 1;
+    params.k_sums = at<float>(memory, k_sums);
+    params.v_sums = at<float>(memory, v_sums);
+    params.row_numbers = at<float>(memory, row_numbers);
+    params.key_sums = at<float>(memory, key_sums);
   }
 
  private:
@@ -223,27 +240,13 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   const SplitUse split = split_use(*call.program, problem, config, gpu(ordinal));
 
   BackwardParams params = params_of(call, problem, config);
-  char* workspace = static_cast<char*>(call.workspace);
   const Workspace layout(problem, config, gradients);
-  params.q_sums = reinterpret_cast<float*>(workspace + layout.q_sums);
-  params.stats = reinterpret_cast<uint16_t*>(workspace + layout.stats);
-  params.turns = reinterpret_cast<int32_t*>(workspace + layout.turns);
-  params.next_item = reinterpret_cast<int32_t*>(workspace + layout.counters);
-  params.known = params.next_item + 1;
-  params.k_sums = reinterpret_cast<float*>(workspace + layout.k_sums);
-  params.v_sums = reinterpret_cast<float*>(workspace + layout.v_sums);
-  params.row_numbers = reinterpret_cast<float*>(workspace + layout.row_numbers);
-  params.key_sums = reinterpret_cast<float*>(workspace + layout.key_sums);
-  gradients.set(params, reinterpret_cast<float*>(workspace + layout.pair_sums), call.scale,
+  layout.place(params, call.workspace);
+  gradients.set(params, at<float>(call.workspace, layout.pair_sums), call.scale,
                 call.program->key_order != nullptr);
-  const auto clear = [&](void* from, int64_t bytes) {
-    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(from), 0,
-                                    static_cast<size_t>(bytes / 4), stream),
-          "cuMemsetD32Async");
-  };
   if (split == SplitUse::kAlone) {
-    params.choice = {call.columns.total, INT64_MAX, 0};
-    clear(params.next_item, layout.counter_bytes);
+    params.choice = {call.columns.total, INT64_MAX, 0};  // whatever the plan counted
+    clear(params.next_item, layout.counter_bytes, stream);
     gradients.begin(params, ordinal, stream);
     backward_split(call, problem, params, config, ordinal, stream);
     return gradients.end(params, ordinal, stream);
@@ -273,10 +276,10 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   if (tiles > 0) {
     launch(kernel(prepare_config, ordinal), row_blocks, stream, params);
   } else {
-    clear(params.next_item, 4);
+    clear(params.next_item, 4, stream);
   }
   const Kernel& main = kernel(main_config, ordinal);
-  if (layout.key_sum_bytes > 0) clear(params.k_sums, layout.key_sum_bytes);
+  clear(params.k_sums, layout.key_sum_bytes, stream);
   gradients.begin(params, ordinal, stream);
   for (const PairRound& round : gradients.rounds()) {
     const int64_t key_tiles = call.columns.outer_tiles;
@@ -290,7 +293,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     params.pair_step = round.step;
     params.items = checked_count(pairs * key_tiles, "key tiles");
     if (params.items == 0) break;
-    if (round.first > 0) clear(params.next_item, 4);
+    if (round.first > 0) clear(params.next_item, 4, stream);
     params.blocks = std::min(gpu(ordinal).multiprocessors, params.items);
     launch(main, {static_cast<uint32_t>(params.blocks)}, stream, params);
     if (may_split) backward_split(call, problem, params, config, ordinal, stream);

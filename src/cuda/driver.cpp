@@ -126,6 +126,13 @@ void check(CuResult result, const char* what) {
   throw RuntimeFailure(std::string("CUDA: ") + what + ": " + error_text(driver(), result));
 }
 
+void clear(void* memory, int64_t bytes, CuStream stream) {
+  if (bytes == 0) return;
+  check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(memory), 0,
+                                  static_cast<size_t>(bytes / 4), stream),
+        "cuMemsetD32Async");
+}
+
 int gpu_count() {
   if (!driver_problem().empty()) return 0;
   int count = 0;

@@ -162,6 +162,9 @@ std::string driver_problem();
 // Throws RuntimeFailure with the driver's text unless `result` is success.
 void check(CuResult result, const char* what);
 
+// Queues zeros for `bytes`, a multiple of 4, of device memory; nothing where there are none.
+void clear(void* memory, int64_t bytes, CuStream stream);
+
 // ---- devices ------------------------------------------------------------------------------------
 
 struct Gpu {

@@ -177,8 +177,7 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
   if (blocks < params.items) {
     params.next_item = static_cast<int32_t*>(call.workspace);
-    check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(call.workspace), 0, 1, stream),
-          "cuMemsetD32Async");
+    clear(call.workspace, 4, stream);
   }
   params.blocks = blocks;
   launch(compiled, {static_cast<uint32_t>(blocks)}, stream, params);

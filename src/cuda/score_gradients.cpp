@@ -103,13 +103,6 @@ void round_tiles(const Tensor& to, const float* from, int ordinal, CuStream stre
          stream, params);
 }
 
-void clear(float* sums, int64_t count, CuStream stream) {
-  if (count == 0) return;
-  check(driver().cuMemsetD32Async(reinterpret_cast<CuAddress>(sums), 0, static_cast<size_t>(count),
-                                  stream),
-        "cuMemsetD32Async");
-}
-
 // [batch or 1, heads or 1, rows, keys] as the copy engine takes it: [batch, rows, heads, keys],
 // with one entry where one serves all.
 Tensor tiled_view(const Tensor& t) {
@@ -137,7 +130,7 @@ void write_zeros_to(const Tensor& to, int ordinal, CuStream stream) {
   }
   const int64_t bytes = dense * (to.dtype == DType::f32 ? 4 : 2);
   if (contiguous && bytes % 4 == 0) {
-    clear(static_cast<float*>(to.data), bytes / 4, stream);
+    clear(to.data, bytes, stream);
   } else {
     write_sums(to, nullptr, 1, 1, ordinal, stream);
   }
@@ -240,9 +233,9 @@ void ScoreGradients::write_zeros(int ordinal, CuStream stream) const {
 }
 
 void ScoreGradients::begin(const BackwardParams& params, int ordinal, CuStream stream) const {
-  if (keys_ > 0) clear(params.key_sums, keys_, stream);
+  clear(params.key_sums, keys_ * 4, stream);
   if (pairs_ > 0) {
-    clear(static_cast<float*>(params.bias_grad.data), pairs_, stream);
+    clear(params.bias_grad.data, pairs_ * 4, stream);
   } else if (pairs_wanted()) {
     write_zeros_to(call_.dbias, ordinal, stream);
   }
