@@ -345,6 +345,8 @@ def attention(
         raise TypeError(f"q: got {q.dtype}, one of {', '.join(_NAMES.values())} is needed")
     scores = _score_options(q.device, *options) if options else ()
     arrays = _arrays(mask)
+    # Without the dispatcher where it would come to this anyway: that saves a fifth of a small call.
+    at_once = not _watched() and _alone(q, k, v, scores)
     batch, q_len, q_heads, head_dim = q.shape
     sizes = (batch, q_heads, k.shape[2], q_len, k.shape[1], head_dim, v.shape[3])
     if plan is not None:
@@ -358,11 +360,10 @@ def attention(
         or (scores and any(x is not None and x.requires_grad for x in scores[:3]))
     ):
         # Made here rather than inside forward, so that autograd saves it for backward.
-        buffer = torch.ops.anymask.plan(arrays, mask.spec, sizes, q.dtype, q.device)
+        build = calls.plan if at_once else torch.ops.anymask.plan
+        buffer = build(arrays, mask.spec, sizes, q.dtype, q.device)
     else:
         buffer = None
-    # Without the dispatcher where it would come to this anyway: that saves a fifth of a small call.
-    at_once = not _watched() and _alone(q, k, v, scores)
     forward = _differentiable_forward if at_once else torch.ops.anymask.forward
     if not scores:  # unpacking nothing takes time too
         return forward(q, k, v, arrays, mask.spec, buffer, scale, deterministic)
