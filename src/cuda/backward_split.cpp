@@ -87,7 +87,7 @@ SplitUse split_use(const rules::Program& program, const Problem& problem,
   // Up to two items for each multiprocessor a causal call waits for its heaviest key tiles, while
   // here items are about equal. And there are no other launches (14 us). Chains of few items wait
   // for each other longer (8 heads of 2048 rows 120 us instead of 74, of 8192 943 instead of 739).
-  // At head dimension 64 products are short: up to 12% slower, in order or not.
+  // At head dimension 64 products are short: up to 14% slower, in order or not.
   const int64_t most = (config.chained == kOrdered ? 4 : 2) * gpu.multiprocessors;
   const bool few = problem.batch * problem.kv_heads * tiles_of(problem) <= most;
   const bool wide = std::max(config.depth, config.value_depth) > 64;
