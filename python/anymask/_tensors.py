@@ -107,9 +107,7 @@ def pack_torch(tensor: Any, name: str, pointer: int | None = None) -> bytes:
         raise ValueError(f"{name}: got {ndim} dimensions, 1 to 4 are possible")
     address = tensor.data_ptr() if pointer is None else pointer
     device_type, index = torch_place(tensor, name)
-    code = _torch_codes.get(tensor.dtype)
-    if code is None:
-        code = torch_code(tensor.dtype, name)
+    code = torch_code(tensor.dtype, name)
     strides = tensor.stride() if address else _EMPTY_STRIDES[ndim]
     if ndim == 4:
         return _TENSOR.pack(address, code, device_type, index, 4, *shape, *strides)
@@ -118,18 +116,18 @@ def pack_torch(tensor: Any, name: str, pointer: int | None = None) -> bytes:
 
 
 def _numpy_code(dtype: np.dtype, name: str) -> int:
-    if dtype.name not in DTYPE_CODES or not dtype.isnative:
-        raise TypeError(f"{name}: got element type {dtype}, which anymask does not know")
-    code = _numpy_codes[dtype] = DTYPE_CODES[dtype.name]
+    code = _numpy_codes.get(dtype)
+    if code is None:
+        if dtype.name not in DTYPE_CODES or not dtype.isnative:
+            raise TypeError(f"{name}: got element type {dtype}, which anymask does not know")
+        code = _numpy_codes[dtype] = DTYPE_CODES[dtype.name]
     return code
 
 
 def pack_numpy(array: np.ndarray, name: str) -> bytes:
     """anymask_tensor of a NumPy array (strides in elements, no copy)."""
     ndim, size = array.ndim, array.itemsize
-    code = _numpy_codes.get(array.dtype)
-    if code is None:
-        code = _numpy_code(array.dtype, name)
+    code = _numpy_code(array.dtype, name)
     if ndim > 4 or ndim == 0:
         raise ValueError(f"{name}: got {ndim} dimensions, 1 to 4 are possible")
     strides = [stride // size for stride in array.strides] if array.size else _EMPTY_STRIDES[ndim]

@@ -114,10 +114,8 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
   // 346 and 389, full 506 and 429), else up to some more of them (16/8: causal 358 and 421 at 2048,
   // 421 and 420 at 4096).
   if (group > 1 && config.adds_keys == 0) {
-    constexpr double kMostShare = 0.75;
     constexpr int64_t kMostGroupTiles = 17;
-    auto of_group =
-        static_cast<int64_t>(kMostShare * static_cast<double>(key_tiles) * map.inner_tiles);
+    int64_t of_group = key_tiles * map.inner_tiles * 3 / 4;
     if (chunks.blocks_fit) of_group = std::min(of_group, key_tiles * kMostGroupTiles);
     most = std::max(most, of_group);
   }

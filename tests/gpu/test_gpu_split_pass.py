@@ -124,7 +124,7 @@ def test_grouped_heads(kv_heads):
 @pytest.mark.parametrize("heads", [(12, 12), (24, 12), (15, 15)])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_few_causal_items(dims, dtype, heads, deterministic):
-    """Nothing else is launched then."""
+    """Which this kernel alone serves (tests/cuda/backward_split_test.cpp says when)."""
     rng = np.random.default_rng(27)
     for m, n in ((LENGTH, LENGTH), (LENGTH + 41, LENGTH), (2 * LENGTH // 3, LENGTH)):
         q, k, v = inputs(2, m, n, heads, dims, dtype)

@@ -63,9 +63,9 @@ def test_flex_attention_takes_the_functions():
 
 def test_suites():
     protocol = bench.suite("protocol")
-    assert (
-        len(protocol) == 36 and len(bench.suite("dims")) == 24 and len(bench.suite("short")) == 20
-    )
+    assert len(protocol) == 36
+    sizes = {name: len(bench.suite(name)) for name in ("short", "small", "dims")}
+    assert sizes == {"short": 20, "small": 40, "dims": 24}
     assert {c.geometry.length * c.geometry.batch for c in protocol} == {131072}
     assert len(bench.suite("paper")) == 2 * 3 * (6 + 6 * 5)
     assert {c.geometry.heads * c.geometry.head_dim for c in bench.suite("paper")} == {4096}

@@ -316,24 +316,22 @@ def test_meta_tensors_have_shapes():
     assert out.device.type == "meta" and lse.dtype == torch.float32
 
 
-class _Dispatched(torch.utils._python_dispatch.TorchDispatchMode):
+class _Recorder:
     def __init__(self):
         super().__init__()
         self.seen = []
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def record(self, function, types, args=(), kwargs=None):
         self.seen.append(str(function))
         return function(*args, **(kwargs or {}))
 
 
-class _Called(torch.overrides.TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
+class _Dispatched(_Recorder, torch.utils._python_dispatch.TorchDispatchMode):
+    __torch_dispatch__ = _Recorder.record
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
+
+class _Called(_Recorder, torch.overrides.TorchFunctionMode):
+    __torch_function__ = _Recorder.record
 
 
 @pytest.mark.parametrize("grad", [False, True])

@@ -114,7 +114,32 @@ def _short(sample: int) -> Iterator[Case]:
             yield Case(mask, geometry, seed, "random", window)
 
 
-_SUITES = {"protocol": _protocol, "short": _short, "dims": _dims, "paper": _paper}
+# Calls that do not fill a GPU many times over: (length, batch, heads, kv_heads), and the masks.
+_SMALL = (
+    (
+        ((1024, 16, 32, 8), (2048, 4, 32, 8), (3072, 4, 32, 8), (4096, 4, 32, 8), (2048, 8, 16, 8),
+         (2048, 4, 64, 8)),
+        ("full", "causal", "document", "prefix_lm"),
+    ),
+    (
+        ((2048, 1, 8, 8), (2048, 1, 16, 16), (2048, 1, 24, 24), (2048, 1, 32, 32), (4096, 1, 4, 4),
+         (4096, 1, 8, 8), (4096, 1, 12, 12), (8192, 1, 8, 8)),
+        ("causal", "causal_document"),
+    ),
+)  # fmt: skip
+_SMALL_DOCUMENTS = 84  # the seed of their random documents
+
+
+def _small(sample: int) -> Iterator[Case]:
+    for geometries, masks in _SMALL:
+        for geometry in geometries:
+            for mask in masks:
+                yield Case(mask, Geometry(*geometry), _SMALL_DOCUMENTS, "random")
+
+
+_SUITES = {
+    "protocol": _protocol, "short": _short, "small": _small, "dims": _dims, "paper": _paper,
+}  # fmt: skip
 SUITES = tuple(_SUITES)
 
 
@@ -131,7 +156,8 @@ def suite(
     all of them).
 
     protocol: twelve masks, 131072 tokens a batch in sequences of 8192, 32768 and 131072, D = 128.
-    short: sequences of 1024 and 2048, grouped heads; random documents. dims: D = 64 and 256.
+    short: sequences of 1024 and 2048, grouped heads; random documents. small: few items, grouped
+    heads at 1024 to 4096; random documents. dims: D = 64 and 256.
     paper: as protocol, D = 64 and 128, documents averaged over the paper's five layouts.
     """
     if name not in _SUITES:

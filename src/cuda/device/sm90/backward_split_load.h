@@ -121,15 +121,15 @@ struct SplitLoader {
     return {met, 2 * (partial & 1) | second << kPartialBits};
   }
 
-  // Whether the rows of a row item see a tile of keys.
-  __device__ __forceinline__ bool sees_tile(int row_tile, rules::Place place, int key_tile) {
+  // Whether a tile's rows see its own keys.
+  __device__ __forceinline__ bool sees_itself(int tile, rules::Place place) {
     const plan::TileMap& map = p.rows.map;
-    const int row = 2 * row_tile;
+    const int row = 2 * tile;
     const int64_t first = map_row(p.rows, place, row);
-    const uint32_t* word = map.visible + first * map.words + key_tile / 32;
+    const uint32_t* word = map.visible + first * map.words + tile / 32;
     uint32_t tiles = word[0];
     if (row + 1 < map.outer_tiles) tiles |= word[map.words];
-    return key_tile < map.inner_tiles && (tiles >> (key_tile % 32) & 1) != 0;
+    return tile < map.inner_tiles && (tiles >> (tile % 32) & 1) != 0;
   }
 
   // A tile's slots that stay for its keys' turn.
@@ -151,7 +151,7 @@ struct SplitLoader {
     Stays stays;
     if (item.count > 0) {
       stays.rows_stay = own.met;
-      stays.keys_stay = keys_wait && sees_tile(tile, place, tile);
+      stays.keys_stay = keys_wait && sees_itself(tile, place);
     }
     publish({SplitWork::kRows, 2 * item.count, stays.rows_stay, stays.keys_stay},
             {tile, batch, head});
