@@ -144,7 +144,6 @@ BackwardParams params_of(const BackwardCall& call, const Problem& problem,
   params.k = tensor_map(call.k, config.columns());
   params.v = tensor_map(call.v, config.columns());
   params.out_grad = tensor_map(call.dout, kBackwardRows);
-  constexpr int kGradRows = 16;
   params.k_grad_map = tensor_map(call.dk, kGradRows);
   params.v_grad_map = tensor_map(call.dv, kGradRows);
   params.out = call.out.data;

@@ -140,7 +140,8 @@ void backward_split(const BackwardCall& call, const Problem& problem, const Back
                     const BackwardConfig& config, int ordinal, CuStream stream) {
   const Kernel& compiled = kernel(backward_split_kernel(call, config), ordinal);
   const Gpu& device = gpu(ordinal);
-  SplitParams both{params, {}, 0, 0, 0};
+  SplitParams both{params, {}, {}, 0, 0, 0};
+  both.q_grad_map = tensor_map(call.dq, kGradRows);
 
   both.tiles = static_cast<int32_t>(tiles_of(problem));
   BackwardParams& keys = both.keys;

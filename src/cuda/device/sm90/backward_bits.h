@@ -67,10 +67,11 @@ __device__ __forceinline__ uint32_t word_of_ids(const BackwardParams& p, rules::
 }
 
 // What `request` asks for, by warp `index` of kWarps. Under MaskPath::kRuns runs, else bits, for
-// which runs are scratch. Unless every tile has kept pairs, `full` is told every 32 keys.
-template <BackwardConfig C, int kWarps>
+// which runs are scratch. find(position, key_index) finds runs. Unless every tile has kept pairs,
+// `full` is told every 32 keys.
+template <BackwardConfig C, int kWarps, typename Find>
 __device__ __forceinline__ void make_tile_key_bits(const BackwardParams& p,
-                                                   const BitRequest& request,
+                                                   const BitRequest& request, Find&& find,
                                                    KeyRuns<C.columns()>& runs, uint32_t (*bits)[2],
                                                    ptx::Barrier& full, int index, int lane) {
   // The same keys for a warp at all times, so it needs nobody else's runs.
@@ -84,7 +85,7 @@ __device__ __forceinline__ void make_tile_key_bits(const BackwardParams& p,
     const int position = request.key_tile * C.columns() + key;
     const bool exists = position < p.kv_len;
     if constexpr (C.masks() == MaskPath::kRuns) {
-      if (exists) find_runs(p, request.place, position, runs, key);
+      if (exists) find(position, key);
       if (!exists) {
 #pragma unroll
         for (int i = 0; i < 6; ++i) runs.ends[i][key] = 0;
@@ -94,7 +95,7 @@ __device__ __forceinline__ void make_tile_key_bits(const BackwardParams& p,
     }
     if constexpr (C.masks() == MaskPath::kRecipe) {
       if (exists && request.fresh != 0) {
-        find_runs(p, request.place, position, runs, key);
+        find(position, key);
       }
     }
 #pragma unroll 1
@@ -142,7 +143,11 @@ __device__ __forceinline__ void make_key_bits(const BackwardParams& p, BackwardS
       }
     }
     constexpr bool kRuns = Shared::kHandsOverRuns;
-    make_tile_key_bits<C, Shared::kKeyBitWarps>(p, request, shared.runs[kRuns ? slots.slot : 0],
+    auto& runs = shared.runs[kRuns ? slots.slot : 0];
+    const auto find = [&](int position, int key_index) {
+      find_runs(p, request.place, position, runs, key_index);
+    };
+    make_tile_key_bits<C, Shared::kKeyBitWarps>(p, request, find, runs,
                                                 shared.bits[kRuns ? 0 : slots.slot],
                                                 shared.bits_full[slots.slot], index, lane);
     if constexpr (C.has(kDropout)) shared.bits_full[slots.slot].arrive_warp(lane);

@@ -123,22 +123,10 @@ struct KeyPhase {
     }
   }
 
-  // This warpgroup's 64 keys of dK or dV to where their K or V was; the copy engine takes them from
-  // there. Keys that have to go to places of their own go there at once.
+  // This warpgroup's 64 keys of dK or dV to where their K or V was.
   template <int kDepth, int kSlabs>
   __device__ __forceinline__ void put_away(const float (&grad)[kDepth / 2], float scale,
-                                           uint8_t (&slot)[kSlabs][Shared::kSlabBytes],
-                                           void* direct, int64_t batch_stride, int64_t head_stride,
-                                           int64_t row_stride, int depth) {
-    if (p.keys.program.key_order != nullptr) {
-      const SplitTile tile = at.tile_of_phase();
-      const int32_t* order = key_order(p.keys, {tile.tile, tile.batch, tile.head, 0, 0, 0});
-      uint16_t* to =
-          static_cast<uint16_t*>(direct) + tile.batch * batch_stride + tile.head * head_stride;
-      store_rows<kHalf>(grad, scale, to, row_stride, order, tile.tile * kKeys.columns() + 64 * at.w,
-                        p.keys.kv_len, depth, at.warp, at.lane);
-      return;
-    }
+                                           uint8_t (&slot)[kSlabs][Shared::kSlabBytes]) {
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
       uint32_t packed[kPieceValues / 2];
@@ -147,27 +135,30 @@ struct KeyPhase {
     }
   }
 
-  __device__ __forceinline__ void put_v_away(int own,
-                                             const float (&v_grad)[kKeys.value_depth / 2]) {
-    put_away<kKeys.value_depth>(v_grad, 1.0f, shared.values[own], p.keys.v_grad,
-                                p.keys.v_grad_batch_stride, p.keys.v_grad_head_stride,
-                                p.keys.v_grad_row_stride, p.keys.value_depth);
-  }
-
-  __device__ __forceinline__ void put_k_away(int own, const float (&k_grad)[kKeys.depth / 2]) {
-    put_away<kKeys.depth>(k_grad, p.keys.scale, shared.inner[own], p.keys.k_grad,
-                          p.keys.k_grad_batch_stride, p.keys.k_grad_head_stride,
-                          p.keys.k_grad_row_stride, p.keys.depth);
-  }
-
-  // What has been put away leaves, a warp's 16 keys at a time.
+  // What has been put away leaves, a warp's 16 keys at a time: by the copy engine, unless each key
+  // has to go to a place of its own.
   __device__ __forceinline__ void send(int own) {
-    if (p.keys.program.key_order != nullptr) return;
     const SplitTile tile = at.tile_of_phase();
+    const int first_key = tile.tile * kKeys.columns() + 64 * at.w + 16 * at.warp;
     ptx::fence_async_shared();
     __syncwarp();
+    if (p.keys.program.key_order != nullptr) {
+      const int32_t* order = key_order(p.keys, {tile.tile, tile.batch, tile.head, 0, 0, 0});
+      const auto scatter = [&](auto& slabs, void* to, int64_t batch_stride, int64_t head_stride,
+                               int64_t row_stride, int depth) {
+        constexpr int kSlabs = sizeof(slabs) / Shared::kSlabBytes;
+        copy_rows<kSlabs, Shared::kSlabBytes>(
+            slabs[0] + 16 * at.warp * kSlabRowBytes,
+            static_cast<uint16_t*>(to) + tile.batch * batch_stride + tile.head * head_stride,
+            row_stride, order, first_key, p.keys.kv_len, depth, at.lane);
+      };
+      scatter(shared.values[own], p.keys.v_grad, p.keys.v_grad_batch_stride,
+              p.keys.v_grad_head_stride, p.keys.v_grad_row_stride, p.keys.value_depth);
+      scatter(shared.inner[own], p.keys.k_grad, p.keys.k_grad_batch_stride,
+              p.keys.k_grad_head_stride, p.keys.k_grad_row_stride, p.keys.depth);
+      return;
+    }
     if (at.lane != 0) return;
-    const int first_key = tile.tile * kKeys.columns() + 64 * at.w + 16 * at.warp;
     const auto leave = [&](const TensorMapBytes& map, auto& slabs) {
       int column = 0;
       for (auto& slab : slabs) {
@@ -239,8 +230,8 @@ struct KeyPhase {
     }
     at.return_keys();
     if (phase.keys_stay) at.await_keys_read();
-    put_v_away(own, v_grad);
-    put_k_away(own, k_grad);
+    put_away<kKeys.value_depth>(v_grad, 1.0f, shared.values[own]);
+    put_away<kKeys.depth>(k_grad, p.keys.scale, shared.inner[own]);
     send(own);
     at.leaving = at.keys;
     at.slots.put(at.keys & 255);

@@ -85,21 +85,34 @@ struct RowPhase {
     return false;
   }
 
-  template <int kSlabs>
-  __device__ __forceinline__ void issue_piece(float (&to)[kPieceValues],
-                                              const uint8_t (&rows)[kSlabs][Shared::kSlabBytes],
-                                              const uint8_t (&keys)[kSlabs][Shared::kSlabBytes]) {
-    ptx::pin(to);
-    ptx::wgmma_fence();
-    at.multiply(to, rows, keys);
-    ptx::wgmma_commit();
+  // The strip's rows of Q. Products whose operands both come from shared memory need all of its
+  // bandwidth; for dO, too, there are no registers.
+  uint32_t queries[Shared::kSlabs][kPieceValues / 2];
+
+  // Else addresses that the lane decides are found once for all items, and spilled.
+  __device__ __forceinline__ int lane() const { return static_cast<int>(ptx::opaque(at.lane)); }
+
+  __device__ __forceinline__ void take_queries(int own) {
+#pragma unroll
+    for (int slab = 0; slab < Shared::kSlabs; ++slab) {
+      load_fragments(fragment_address(shared.inner[own][slab], 16 * at.warp, lane()),
+                     queries[slab]);
+    }
   }
 
-  __device__ __forceinline__ void issue_scores(float (&scores)[kPieceValues], int own) {
-    issue_piece(scores, shared.inner[own], shared.inner[ptx::uniform(slot)]);
+  __device__ __forceinline__ void issue_scores(float (&scores)[kPieceValues]) {
+    ptx::pin(scores);
+#pragma unroll
+    for (int slab = 0; slab < Shared::kSlabs; ++slab) ptx::pin(queries[slab]);
+    ptx::wgmma_fence();
+    at.multiply(scores, queries, shared.inner[ptx::uniform(slot)]);
+    ptx::wgmma_commit();
   }
   __device__ __forceinline__ void issue_grads(float (&grads)[kPieceValues], int own) {
-    issue_piece(grads, shared.values[own], shared.values[ptx::uniform(slot)]);
+    ptx::pin(grads);
+    ptx::wgmma_fence();
+    at.multiply(grads, shared.values[own], shared.values[ptx::uniform(slot)]);
+    ptx::wgmma_commit();
   }
 
   // P from S, 0 where a pair is hidden. (P, not S: see hide in backward_elements.h.)
@@ -127,10 +140,11 @@ struct RowPhase {
     const int own = at.own(at.rows);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int row = 16 * at.warp + at.lane / 4 + 8 * r;
+      const int row = 16 * at.warp + lane() / 4 + 8 * r;
       numbers[r] = read_stats<kHalf>(p.keys, shared.stats[own][row]);
     }
 
+    take_queries(own);
     float scores[kPieceValues];         // S, then P
     float grads[kPieceValues];          // dP
     uint32_t slopes[kPieceValues / 2];  // dS, packed as dQ's operand
@@ -138,7 +152,7 @@ struct RowPhase {
 #pragma unroll
     for (int i = 0; i < C.keys().depth / 2; ++i) q_grad[i] = 0.0f;
     if (find_step(phase)) {
-      issue_scores(scores, own);
+      issue_scores(scores);
       issue_grads(grads, own);
       at.return_keys();
 #pragma unroll 1
@@ -165,7 +179,7 @@ struct RowPhase {
           if (!now_stays) at.release(now);
           if (!find_step(phase)) break;
         }
-        issue_scores(scores, own);
+        issue_scores(scores);
         issue_grads(grads, own);
         ptx::wgmma_wait<2>();
         ptx::pin(q_grad);
@@ -187,13 +201,12 @@ struct RowPhase {
         at.release(own_rows);
       }
     }
-    if (!live) return;
     const SplitTile tile = at.tile_of_phase();
-    uint16_t* to = static_cast<uint16_t*>(p.keys.q_grad) + tile.batch * p.keys.q_grad_batch_stride +
-                   tile.head * p.keys.q_grad_head_stride;
-    store_rows<kHalf>(q_grad, p.keys.scale, to, p.keys.q_grad_row_stride, nullptr,
-                      tile.tile * kRows.rows() + 64 * at.w, p.keys.q_len, p.keys.depth, at.warp,
-                      at.lane);
+    const int first_row = tile.tile * kRows.rows() + 64 * at.w + 16 * at.warp;
+    if (first_row >= p.keys.q_len) return;
+    store_through<kHalf, C.keys().depth>(shared.grads[kMathWarps * at.w + at.warp], p.q_grad_map,
+                                         q_grad, p.keys.scale, first_row, tile.head, tile.batch,
+                                         lane());
   }
 };
 

@@ -101,7 +101,7 @@ struct BackwardShared {
   static constexpr int kColumns = C.columns();
   static constexpr int kTileRowBytes = kBackwardRows * kSlabRowBytes;  // a slab of 64 rows
 
-  static constexpr int kGradBytes = C.wide != 0 ? 1 : 16 * kSlabRowBytes;
+  static constexpr int kGradBytes = C.wide != 0 ? 1 : kGradRows * kSlabRowBytes;
 
   alignas(1024) uint8_t k[C.k_stages][kSlabs][kColumns * kSlabRowBytes];
   alignas(1024) uint8_t v[kValueSlabs][kColumns * kSlabRowBytes];

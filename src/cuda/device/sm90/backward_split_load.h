@@ -179,7 +179,7 @@ struct SplitLoader {
         break;
       }
       if (partial) {
-        ask({SplitWork::kRows, item, fresh, {key_tile, 0, place, 0}});
+        ask({SplitWork::kRows, item, {key_tile, 0, place, fresh}});
         fresh = false;
       }
       stays.keys = load_keys(key_tile, kv_head, batch, partial, i < item.count);
@@ -207,7 +207,7 @@ struct SplitLoader {
       const auto prepare = [&](int row_tile, bool partial) {
         if (!partial) return 0;
         if (fresh || !Shared::kHandsOverRuns) {
-          ask({SplitWork::kKeys, {0, 0, 0, 0}, 0, {tile, row_tile, place, fresh}});
+          ask({SplitWork::kKeys, {0, 0, 0, 0}, {tile, row_tile, place, fresh}});
         }
         const int needed = fresh ? 2 : 1;
         fresh = false;
@@ -305,7 +305,7 @@ struct SplitLoader {
       index = draw_item(p.keys.next_item, lane);
     }
     publish({SplitWork::kNone, 0, 0, false}, {0, 0, 0});
-    ask({SplitWork::kNone, {0, 0, 0, 0}, 0, {0, 0, {0, 0}, 0}});
+    ask({SplitWork::kNone, {0, 0, 0, 0}, {0, 0, {0, 0}, 0}});
   }
 };
 

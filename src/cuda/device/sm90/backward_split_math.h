@@ -19,25 +19,29 @@ struct SplitPlace {
   const int w;     // warpgroup
   const int warp;  // in the warpgroup
   const int lane;
-  Ring<kPhaseSlots> phases;
+  uint32_t phase = 0;  // how many are behind: registers are scarce
   SlotQueue slots;
   uint32_t parity = 0;     // of slot_full, a bit each, and above them of keys_read
   int rows = 0, keys = 0;  // the two slots of the tile's own, 8 bits each
   int leaving = 0;         // the keys' of the tile before, if what leaves may still be read; or 0
 
+  __device__ __forceinline__ int phase_slot() const {
+    return static_cast<int>(phase % kPhaseSlots);
+  }
+
   __device__ __forceinline__ SplitPhase begin_phase() {
-    shared.phase_full[phases.slot].wait(phases.parity);
-    return shared.phases[phases.slot].unpacked();
+    shared.phase_full[phase_slot()].wait(phase / kPhaseSlots % 2);
+    return shared.phases[phase_slot()].unpacked();
   }
 
   __device__ __forceinline__ SplitTile tile_of_phase() const {
-    const SplitTile& tile = shared.phases[phases.slot].tile;
+    const SplitTile& tile = shared.phases[phase_slot()].tile;
     return {ptx::uniform(tile.tile), ptx::uniform(tile.batch), ptx::uniform(tile.head)};
   }
 
   __device__ __forceinline__ void end_phase() {
-    shared.phase_empty[phases.slot].arrive_warp(lane);
-    phases.next();
+    shared.phase_empty[phase_slot()].arrive_warp(lane);
+    ++phase;
   }
 
   // Of a slot just taken: returns when it is full.
@@ -88,6 +92,20 @@ struct SplitPlace {
     for (int i = 0; i < 4 * kSlabs; ++i) {
       const int offset = (i / 4 * Shared::kSlabBytes + (i % 4) * 32) / 16;
       PieceProduct::product_ss(to, ptx::descriptor(a + offset), ptx::descriptor(b + offset), i > 0);
+    }
+  }
+
+  // The same with a's 64 rows in registers.
+  template <int kSlabs>
+  __device__ __forceinline__ void multiply(float (&to)[kPieceValues],
+                                           uint32_t (&a)[kSlabs][kPieceValues / 2],
+                                           const uint8_t (&b_tile)[kSlabs][Shared::kSlabBytes]) {
+    const uint32_t b = ptx::lower_k_major(b_tile);
+#pragma unroll
+    for (int i = 0; i < 4 * kSlabs; ++i) {
+      const int offset = (i / 4 * Shared::kSlabBytes + (i % 4) * 32) / 16;
+      ptx::RegisterProduct<kElement, 64>::run(to, &a[i / 4][4 * (i % 4)],
+                                              ptx::descriptor(b + offset), i > 0);
     }
   }
 

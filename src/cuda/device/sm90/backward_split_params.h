@@ -56,11 +56,13 @@ struct SplitConfig {
   constexpr int stats_stages() const {
     return slots_bytes() / (threads() / 32) / row_stats_bytes(value_depth) >= 4 ? 4 : 2;
   }
-  // The slots with their statistics, two kinds of bits, and barriers and the like.
+  // The slots with their statistics, dQ on its way out, two kinds of bits, and barriers and the
+  // like.
   constexpr int shared_bytes() const {
     const bool runs = keys().masks() == MaskPath::kRuns;
-    return slots_bytes() + kSplitSlots * kBackwardRows * kRowStats * 2 + row_bit_slots * 2064 +
-           2240 + keys().columns() * (runs ? key_bit_slots * 24 : key_bit_slots * 8 + 24);
+    return slots_bytes() + kSplitSlots * kBackwardRows * kRowStats * 2 +
+           kBackwardWarpgroups * kBackwardRows * 128 + row_bit_slots * 2064 + 2240 +
+           keys().columns() * (runs ? key_bit_slots * 24 : key_bit_slots * 8 + 24);
   }
 };
 
@@ -72,9 +74,10 @@ struct SplitParams {
   // and v have boxes of 64 keys, `map` is the plan's row map in the backward's tile shape, and
   // `scale_log2` has the scale's sign.
   ForwardParams rows;
-  int32_t tiles;            // of 128 rows or keys, whatever there are more of
-  int32_t stats_blocks;     // that begin with the statistics of rows (backward_split_stats.h),
-  int32_t early_row_tiles;  // but for those of so many row tiles, with which all blocks begin
+  TensorMapBytes q_grad_map;  // boxes of kGradRows
+  int32_t tiles;              // of 128 rows or keys, whatever there are more of
+  int32_t stats_blocks;       // that begin with the statistics of rows (backward_split_stats.h),
+  int32_t early_row_tiles;    // but for those of so many row tiles, with which all blocks begin
 };
 
 }  // namespace anymask::cuda

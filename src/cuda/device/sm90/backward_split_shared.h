@@ -77,9 +77,8 @@ inline constexpr int kPartialBits = 2;
 // What is to be made, in the order of steps.
 struct SplitRequest {
   SplitWork work;
-  Item item;           // kRows: count is not looked at
-  int32_t fresh_rows;  // and whether the item is another than in the request before
-  BitRequest keys;     // kRows: only key_tile
+  Item item;        // kRows: count is not looked at
+  BitRequest keys;  // kRows: row_tile is not looked at
 };
 
 inline constexpr int kPhaseSlots = 4;
@@ -91,11 +90,13 @@ struct SplitShared {
   static constexpr int kValueSlabs = C.keys().value_depth / kSlabColumns;
   static constexpr int kSlabBytes = 64 * kSlabRowBytes;
   static constexpr int kColumns = C.keys().columns();
+  static constexpr int kGradBytes = kGradRows * kSlabRowBytes;  // 64 columns at a time
 
-  alignas(1024) uint8_t inner[kSplitSlots][kSlabs][kSlabBytes];        // Q or K
-  alignas(1024) uint8_t values[kSplitSlots][kValueSlabs][kSlabBytes];  // dO or V
-  alignas(128) uint16_t stats[kSplitSlots][kBackwardRows][kRowStats];  // of rows
-  alignas(128) uint16_t units[3][8][kRowStats];                        // init_units
+  alignas(1024) uint8_t inner[kSplitSlots][kSlabs][kSlabBytes];               // Q or K
+  alignas(1024) uint8_t values[kSplitSlots][kValueSlabs][kSlabBytes];         // dO or V
+  alignas(1024) uint8_t grads[kMathWarps * kBackwardWarpgroups][kGradBytes];  // dQ on its way out
+  alignas(128) uint16_t stats[kSplitSlots][kBackwardRows][kRowStats];         // of rows
+  alignas(128) uint16_t units[3][8][kRowStats];                               // init_units
 
   // By rows, for dQ. (Named as ForwardShared has them.)
   TileBits<C.rows()> bits[C.rows().bit_slots];

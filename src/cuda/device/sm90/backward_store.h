@@ -37,4 +37,24 @@ __device__ __forceinline__ void store_rows(const float (&values)[kCount], float 
   }
 }
 
+// A warp's 16 rows of shared memory, kSlabs x 64 columns under the 128-byte swizzle, to rows of a
+// tensor as above. `slab`: the first of them; a slab is kSlabBytes long.
+template <int kSlabs, int kSlabBytes>
+__device__ __forceinline__ void copy_rows(const uint8_t* slab, uint16_t* to, int64_t row_stride,
+                                          const int32_t* order, int first_row, int rows,
+                                          int columns, int lane) {
+  constexpr int kLanes = 8 * kSlabs;  // of a row, 16 bytes each
+  const int part = lane % kLanes;
+  const uint8_t* from = slab + part / 8 * kSlabBytes;
+#pragma unroll
+  for (int i = 0; i < 16; i += 32 / kLanes) {
+    const int at = i + lane / kLanes, row = first_row + at;
+    if (row >= rows || 8 * part >= columns) continue;
+    const uint4 all =
+        *reinterpret_cast<const uint4*>(from + at * kSlabRowBytes + ((part % 8 ^ at % 8) << 4));
+    const int place = order != nullptr ? order[row] : row;
+    ptx::store_global(to + place * row_stride + 8 * part, all.x, all.y, all.z, all.w);
+  }
+}
+
 }  // namespace anymask::cuda

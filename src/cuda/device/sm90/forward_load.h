@@ -128,7 +128,8 @@ struct LoadWarp {
     if (lane == 0) {
       shared.items[items.slot] = next;
       if ((C.masks() == MaskPath::kRuns || C.masks() == MaskPath::kRecipe) && next.count > 0) {
-        shared.arrays[items.slot] = recipe_arrays(p, next);
+        shared.arrays[items.slot] =
+            recipe_arrays<C.masks()>(p, mask_place(p, next.batch, next.head));
       }
       shared.item_full[items.slot].arrive();
     }

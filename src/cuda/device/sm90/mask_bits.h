@@ -66,6 +66,8 @@ __device__ __forceinline__ int holes_of(const ForwardParams& p) {
   }
 }
 
+// Under MaskPath::kRuns there are no masked runs.
+template <MaskPath kPath>
 __device__ __forceinline__ ColumnRuns column_runs(const ForwardParams& p,
                                                   const RecipeArrays& arrays, int key) {
   const RunRecipe& recipe = p.recipe;
@@ -74,7 +76,8 @@ __device__ __forceinline__ ColumnRuns column_runs(const ForwardParams& p,
     const rules::Array& array = p.program.nodes[recipe.intervals].columns;
     const int32_t* row = arrays.intervals + key * array.row_stride;
     const int64_t step = array.column_stride;
-    switch (static_cast<rules::IntervalForm>(p.program.nodes[recipe.intervals].flag)) {
+    const auto form = static_cast<rules::IntervalForm>(p.program.nodes[recipe.intervals].flag);
+    switch (form) {
       case rules::IntervalForm::kFrom:
         runs.end = rules::min_of(runs.end, row[0]);
         break;
@@ -82,13 +85,13 @@ __device__ __forceinline__ ColumnRuns column_runs(const ForwardParams& p,
         runs.end = rules::min_of(runs.end, row[0]);
         runs.begin = rules::max_of(runs.begin, row[step]);
         break;
-      case rules::IntervalForm::kTwoRuns:
-        runs.begin2 = row[2 * step];
-        runs.end2 = row[3 * step];
-        [[fallthrough]];
       default:
+        if constexpr (kPath == MaskPath::kRuns) break;
         runs.begin1 = row[0];
         runs.end1 = row[step];
+        if (form == rules::IntervalForm::kRun) break;
+        runs.begin2 = row[2 * step];
+        runs.end2 = row[3 * step];
     }
   }
   if (recipe.segments >= 0) {
@@ -116,7 +119,7 @@ __device__ __forceinline__ void column_words(const ForwardParams& p, const Recip
                                              int key, int first_row, bool exists, int lane,
                                              uint32_t (&words)[kWords]) {
   ColumnRuns runs{};
-  if (exists) runs = column_runs(p, arrays, key);
+  if (exists) runs = column_runs<kPath>(p, arrays, key);
 #pragma unroll
   for (int i = 0; i < kWords; ++i) {
     const int row = first_row + 32 * i;

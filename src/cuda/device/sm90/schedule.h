@@ -17,8 +17,9 @@ __device__ __forceinline__ int64_t map_row(const ForwardParams& p, rules::Place 
 
 // Where an array of 4- or 8-byte integers begins for a place.
 __device__ __forceinline__ const void* integers_at(const rules::Array& array, rules::Place place) {
-  if (array.bytes == 8) return rules::array_at<int64_t>(array, place);
-  return rules::array_at<int32_t>(array, place);
+  const int head = array.head_divisor == 1 ? place.head : place.head / array.head_divisor;
+  return static_cast<const uint8_t*>(array.data) +
+         (place.batch * array.batch_stride + head * array.head_stride) * array.bytes;
 }
 
 // Position in the plan -> the caller's key, for a place; null where keys stay as they come.
@@ -30,9 +31,10 @@ __device__ __forceinline__ const int32_t* key_order_of(const rules::Program& pro
   return program.key_order + row * program.kv_len;
 }
 
-__device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, const Item& item) {
+// Words and ids are not looked at under MaskPath::kRuns.
+template <MaskPath kPath>
+__device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, rules::Place place) {
   const rules::Program& program = p.program;
-  const rules::Place place = mask_place(p, item.batch, item.head);
   RecipeArrays arrays{};
   arrays.prefix = 0x7fffffff;
   arrays.key_order = key_order_of(program, place);
@@ -42,15 +44,16 @@ __device__ __forceinline__ RecipeArrays recipe_arrays(const ForwardParams& p, co
   if (p.recipe.segments >= 0) {
     arrays.segments = integers_at(program.nodes[p.recipe.segments].columns, place);
   }
+  if (p.recipe.prefix >= 0) {
+    arrays.prefix = rules::prefix_length(program.nodes[p.recipe.prefix], place);
+  }
+  if constexpr (kPath == MaskPath::kRuns) return arrays;
   if (p.recipe.ids >= 0) {
     arrays.row_ids = integers_at(program.nodes[p.recipe.ids].rows, place);
     arrays.column_ids = integers_at(program.nodes[p.recipe.ids].columns, place);
   }
   if (p.recipe.bits >= 0) {
     arrays.bits = rules::array_at<uint32_t>(program.nodes[p.recipe.bits].columns, place);
-  }
-  if (p.recipe.prefix >= 0) {
-    arrays.prefix = rules::prefix_length(program.nodes[p.recipe.prefix], place);
   }
   return arrays;
 }
