@@ -163,22 +163,6 @@ struct Span {
   int begin, end;
 };
 
-// Chained: the row tiles that an item leaves for its end: those before the first gap, if there is
-// one. They may be rows that every key tile meets (a global_sliding_window's first ones), and all
-// items that began with them would have to begin one after the other.
-__device__ __forceinline__ Span late_row_tiles(const plan::TileMap& map, int64_t row, int lane) {
-  const uint32_t mine = lane < map.words ? map.visible[row * map.words + lane] : 0;
-  const uint32_t owners = __ballot_sync(0xffffffffu, mine != 0);
-  if (owners == 0) return {0, 0};
-  const int owner = __ffs(owners) - 1;
-  const uint32_t word = __shfl_sync(0xffffffffu, mine, owner);
-  const int first = __ffs(word) - 1;
-  const int length =
-      __ffs(~(word >> first)) - 1;  // -1: up to the word's end, so no gap that is seen
-  const bool gap = length > 0 && first + length < 32 && length < map.count[row];
-  return gap ? Span{owner * 32 + first, owner * 32 + first + length} : Span{0, 0};
-}
-
 // Calls visit(row tile) for the row tiles of `span` that the item's key tile meets under the head
 // with that mask place, in ascending order, with the whole warp converged.
 template <BackwardConfig C, typename Visit>
