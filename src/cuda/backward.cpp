@@ -287,6 +287,8 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
     const Chunks chunks = chunks_of(pairs);
     params.chunk = static_cast<int32_t>(chunks.size);
     params.tail = static_cast<int32_t>(chunks.tail);
+    params.near_tiles = static_cast<int32_t>(chunks.near_tiles);
+    params.most_pairs = static_cast<int32_t>(chunks.most_pairs);
     params.pairs = static_cast<int32_t>(pairs);
     params.first_pair = round.first;
     params.pair_step = round.step;

@@ -13,9 +13,12 @@ int64_t items_of(const Problem& problem, int64_t heads) {
 // Of the largest Hopper: the size of the workspace must not depend on the GPU.
 constexpr int64_t kMultiprocessors = 132;
 
-// Q, dO and the float32 sums of dQ, of so many query heads.
+// Q, dO and the float32 sums of dQ: of a row, and of so many query heads.
+int64_t bytes_of_row(const Problem& problem) {
+  return problem.head_dim * 6 + problem.v_head_dim * 2;
+}
 int64_t bytes_of_pair(const Problem& problem, int64_t heads) {
-  return problem.q_len * heads * (problem.head_dim * 6 + problem.v_head_dim * 2);
+  return problem.q_len * heads * bytes_of_row(problem);
 }
 
 }  // namespace
@@ -79,6 +82,8 @@ Chunks::Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& 
                int64_t key_tiles, int segments) {
   const int64_t group = config.adds_keys != 0 ? 1 : problem.q_heads / problem.kv_heads;
   const int64_t bytes = bytes_of_pair(problem, group);
+  near_tiles = gpu.l2_bytes * 32 / 100 / (kBackwardRows * bytes_of_row(problem));
+  most_pairs = gpu.l2_bytes * 5 / 4 / std::max<int64_t>(1, bytes) + 1;
   blocks_fit = (gpu.multiprocessors / std::max<int64_t>(1, key_tiles) + 1) * bytes <= gpu.l2_bytes;
   if (segments > 1) {
     size = tail = 1;

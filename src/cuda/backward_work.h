@@ -23,6 +23,7 @@ int32_t chained_by(const Problem& problem, bool deterministic, int32_t features)
 // How many (batch, kv head) pairs, and which at the end, run together.
 struct Chunks {
   int64_t size, tail;
+  int64_t near_tiles, most_pairs;  // BackwardParams
   bool blocks_fit;  // Q, dO and the sums of all pairs that blocks are at, in all of L2
 
   Chunks(const Problem& problem, const BackwardConfig& config, const Gpu& gpu, int64_t pairs,

@@ -34,6 +34,13 @@ __device__ __forceinline__ int uniform(int value) {
   return static_cast<int>(__reduce_or_sync(0xffffffffu, static_cast<unsigned>(value)));
 }
 
+// Keeps the compiler from working out ahead of a loop, and holding in a register each, what is one
+// instruction inside it: the descriptors of a tile that stays, a thread's place in a tile.
+__device__ __forceinline__ uint32_t opaque(uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Ones from bit `first` upwards; none from 32 on, all at 0 and below.
 __device__ __forceinline__ uint32_t ones_from(int first) {
   return __funnelshift_lc(0u, 0xffffffffu, first < 0 ? 0 : first);

@@ -5,13 +5,6 @@
 
 namespace anymask::ptx {
 
-// Keeps the compiler from working out ahead of a loop, and holding in a register each, what is one
-// instruction inside it: the descriptors of a tile that stays.
-__device__ __forceinline__ uint32_t opaque(uint32_t value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 #define ANYMASK_TEXT_N32 ANYMASK_TEXT_0 ", " ANYMASK_TEXT_1
 #define ANYMASK_D_N32 ANYMASK_D8(0), ANYMASK_D8(8)
 

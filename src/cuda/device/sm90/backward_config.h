@@ -190,6 +190,8 @@ struct BackwardParams {
   int32_t segment_tiles;  // row tiles of each
   int32_t chunk;          // pairs that run together, so that their Q, dO and dQ stay in L2
   int32_t tail;           // pairs at the end that run together, so that blocks end together
+  int32_t near_tiles;     // in order (chunk_of): row tiles whose Q, dO and dQ fill a third of L2,
+  int32_t most_pairs;     // and pairs that have a little more than fills it
   int32_t items;          // pairs * key tiles
   int32_t blocks;         // that share the items
 

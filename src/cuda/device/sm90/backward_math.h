@@ -7,6 +7,7 @@
 // themselves.
 #pragma once
 
+#include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/tma.h"
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"

@@ -170,16 +170,11 @@ __device__ __forceinline__ void backward_load(const BackwardParams& p, BackwardS
         load_v(item);
         if constexpr (C.k_stages == 1) load_k(item);
       };
-      Span late = {0, 0};
-      if constexpr (C.has_turns()) {
-        late = late_row_tiles(p.columns, map_row(p, p.columns, place, item.key_tile), lane);
-      }
-      Span span = {late.end, p.row_tiles};
+      Span span = {0, p.row_tiles};
       if constexpr (C.adds_keys != 0) {
         span = {item.first_tile, rules::min_of(item.first_tile + p.segment_tiles, p.row_tiles)};
       }
       for_each_row_tile<C>(p, item, place, span, lane, visit);
-      if constexpr (C.has_turns()) for_each_row_tile<C>(p, item, place, late, lane, visit);
     }
     if (C.has_turns() && lane == 0) claimed = atomicAdd(p.next_item, 1);
     index = p.blocks + __shfl_sync(0xffffffffu, claimed, 0);

@@ -40,26 +40,30 @@ __device__ __forceinline__ int heads_of_item(const BackwardParams& p) {
 
 // How many pairs a chunk has. Chained, a row tile's parts are added about a step apart, so a pair
 // begins no more than an item a step: under a mask whose key tiles meet few row tiles more pairs
-// than fill L2 have to run side by side to give all blocks work. So do more where all key tiles
-// meet the same few row tiles, since those that wait for a turn there wait at the same time
-// (ordered, S = 8192: causal_blockwise D = 64 13.4 -> 8.4 ms, D = 256 17.4 -> 11.4, 16 pairs
-// there 17.9: L2).
+// than fill L2 have to run side by side to give all blocks work.
+//
+// In order, so do more where what they read still fits, since fewer blocks of a pair then wait for
+// each other: as many as have the rows of one key tile each in a third of L2, within p.most_pairs
+// (under causal_document blocks of a pair are at rows far apart). Where all key tiles meet the same
+// few row tiles at least so many, so that those who wait for a turn there wait at the same time.
+// Not under masks that show half of the tiles: every block is somewhere else in all rows of its
+// pair, and hardly anybody waits.
 template <BackwardConfig C>
 __device__ __forceinline__ int chunk_of(const BackwardParams& p) {
   if (!C.has_turns() || p.columns.total == nullptr) return p.chunk;
-  const float key_tiles = static_cast<float>(p.program.batches * p.program.heads) *
-                          static_cast<float>(p.columns.outer_tiles);
-  const float steps = static_cast<float>(*p.columns.total) * p.group_heads / key_tiles;
-  int wanted = static_cast<int>(p.blocks * (C.columns() / 128.0f) / fmaxf(steps, 1.0f));
-  if constexpr (C.chained == kOrdered) {
+  const float total = static_cast<float>(*p.columns.total);
+  const float places = static_cast<float>(p.program.batches * p.program.heads);
+  const float key_tiles = places * static_cast<float>(p.columns.outer_tiles);
+  const float row_tiles = places * static_cast<float>(p.rows.outer_tiles);
+  const float steps = fmaxf(total * p.group_heads / key_tiles, 1.0f);
+  int wanted = static_cast<int>(p.blocks * (C.columns() / 128.0f) / steps);
+  if (C.chained == kOrdered && 2 * total < key_tiles * p.rows.outer_tiles) {
     constexpr float kCrowded = 3.0f;  // times the mean
-    constexpr int kPairs = C.depth > 128 ? 8 : 16;
-    const float row_tiles = static_cast<float>(p.program.batches * p.program.heads) *
-                            static_cast<float>(p.rows.outer_tiles);
     const float fullest = static_cast<float>(p.rows.count[p.rows.order[0]]);
-    if (fullest * row_tiles >= kCrowded * static_cast<float>(*p.columns.total)) {
-      wanted = rules::max_of(wanted, kPairs);
-    }
+    const int fit = static_cast<int>(p.near_tiles / steps);
+    const bool crowded = fullest * row_tiles >= kCrowded * total;
+    wanted = rules::max_of(
+        wanted, crowded ? rules::max_of(fit, p.most_pairs) : rules::min_of(fit, p.most_pairs));
   }
   return rules::min_of(rules::max_of(wanted, p.chunk), p.pairs);
 }
@@ -162,22 +166,6 @@ __device__ __forceinline__ void find_turn(const BackwardParams& p, rules::Place 
 struct Span {
   int begin, end;
 };
-
-// Chained: the row tiles that an item leaves for its end: those before the first gap, if there is
-// one. They may be rows that every key tile meets (a global_sliding_window's first ones), and all
-// items that began with them would have to begin one after the other.
-__device__ __forceinline__ Span late_row_tiles(const plan::TileMap& map, int64_t row, int lane) {
-  const uint32_t mine = lane < map.words ? map.visible[row * map.words + lane] : 0;
-  const uint32_t owners = __ballot_sync(0xffffffffu, mine != 0);
-  if (owners == 0) return {0, 0};
-  const int owner = __ffs(owners) - 1;
-  const uint32_t word = __shfl_sync(0xffffffffu, mine, owner);
-  const int first = __ffs(word) - 1;
-  const int length =
-      __ffs(~(word >> first)) - 1;  // -1: up to the word's end, so no gap that is seen
-  const bool gap = length > 0 && first + length < 32 && length < map.count[row];
-  return gap ? Span{owner * 32 + first, owner * 32 + first + length} : Span{0, 0};
-}
 
 // Calls visit(row tile) for the row tiles of `span` that the item's key tile meets under the head
 // with that mask place, in ascending order, with the whole warp converged.

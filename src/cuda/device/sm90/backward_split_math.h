@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device/ptx/bulk.h"
+#include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/wgmma_shared.h"
 #include "cuda/device/sm90/backward_elements.h"
 #include "cuda/device/sm90/backward_split_shared.h"

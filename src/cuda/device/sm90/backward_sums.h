@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/device/ptx/bulk.h"
+#include "cuda/device/ptx/registers.h"
 #include "cuda/device/sm90/backward_shared.h"
 #include "cuda/device/sm90/backward_store.h"
 
@@ -38,9 +39,11 @@ struct QuerySums {
   }
 
  private:
+  // opaque: two registers less around the loop. Without it chained variants with biases of pairs
+  // keep two values in memory there, at head dimension 256 those of baked masks four.
   __device__ __forceinline__ float* sums_of(const BackwardStep& step, int part) const {
     return p.q_sums + static_cast<int64_t>(step.row_tile) * (kBackwardRows * C.depth) +
-           part * kFloats + 4 * thread;
+           part * kFloats + 4 * ptx::opaque(thread);
   }
 
   template <int kCount>

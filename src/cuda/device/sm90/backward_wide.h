@@ -188,9 +188,8 @@ struct BackwardWide {
                                            float (&v_grad)[kPart / 2]) {
     const int q_slot = q_ring.slot, o_slot = o_ring.slot;
     const BackwardStep& read = shared.steps[q_slot];
-    const BackwardStep step = {ptx::uniform(read.row_tile), read.first_row,
-                               ptx::uniform(read.partial), read.turn,
-                               C.has_turns() ? ptx::uniform(read.last_head + 1) - 1 : -1};
+    BackwardStep step = {ptx::uniform(read.row_tile), read.first_row, ptx::uniform(read.partial),
+                         read.turn, C.has_turns() ? ptx::uniform(read.last_head + 1) - 1 : -1};
     q_ring.next();
     o_ring.next();
 
@@ -215,8 +214,10 @@ struct BackwardWide {
     shared.out_grad_empty[o_slot].arrive_warp(lane);
     // Turns and tiles of Q go round together: no registers for another ring.
     static_assert(C.q_stages == kTurnSlots);
-    if constexpr (C.has_turns())
+    if constexpr (C.has_turns()) {
       shared.turn_full[q_slot].wait(q_ring.parity ^ (q_slot == kTurnSlots - 1 ? 1 : 0));
+      step.first_row = read.first_row;  // read again: no register for it from the beginning on
+    }
     sums.add(step, item.batch, w, q_grad);
     if constexpr (C.has_turns()) shared.turn_used[q_slot].arrive_warp(lane);
     if constexpr (kMore) {
