@@ -244,7 +244,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   gradients.set(params, at<float>(call.workspace, layout.pair_sums), call.scale,
                 call.program->key_order != nullptr);
   if (split == SplitUse::kAlone) {
-    params.choice = {call.columns.total, INT64_MAX, 0};  // whatever the plan counted
+    params.choice = {call.columns.total, INT64_MAX};  // whatever the plan counted
     clear(params.next_item, layout.counter_bytes, stream);
     gradients.begin(params, ordinal, stream);
     backward_split(call, problem, params, config, ordinal, stream);
@@ -267,7 +267,7 @@ void backward(const BackwardCall& call, int ordinal, CuStream stream) {
   };
   if (may_split) {
     const Chunks chunks = chunks_of(problem.batch * problem.kv_heads);
-    params.choice = split_choice(call, config, chunks, gpu(ordinal));
+    params.choice = split_choice(call, config, chunks);
   }
   // Blocks that stay, not one for each row tile: where there is nothing to do (params.splits()),
   // those would take 11 us to say so.

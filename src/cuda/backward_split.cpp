@@ -99,7 +99,7 @@ SplitUse split_use(const rules::Program& program, const Problem& problem,
 }
 
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
-                         const Chunks& chunks, const Gpu& gpu) {
+                         const Chunks& chunks) {
   const plan::TileMap& map = call.columns;
   const int64_t places = int64_t{call.program->batches} * call.program->heads;
   const int64_t key_tiles = places * map.outer_tiles;
@@ -119,17 +119,7 @@ SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
     if (chunks.blocks_fit) of_group = std::min(of_group, key_tiles * kMostGroupTiles);
     most = std::max(most, of_group);
   }
-  if (config.chained != kOrdered) return {map.total, most, 0};
-  // A row tile takes parts one after the other, each about a step after the one before, so a
-  // chunk's chains take as long as its fullest row tile has parts, and its work 1 / blocks of its
-  // tiles. That ratio is at most 1.5 for masks whose chains hardly wait (prefix_lm_document,
-  // random_eviction) and 1.7 where all key tiles meet the same few rows (causal_blockwise, 1.1
-  // times as fast split, though chunk_of runs more pairs side by side there).
-  constexpr double kMostRatio = 1.55;
-  const auto crowding =
-      static_cast<int64_t>(gpu.multiprocessors / kMostRatio * static_cast<double>(places) /
-                           static_cast<double>(chunks.size * group));
-  return {map.total, most, crowding};
+  return {map.total, most};
 }
 
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config) {

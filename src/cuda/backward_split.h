@@ -23,7 +23,7 @@ SplitUse split_use(const rules::Program& program, const Problem& problem,
 // When a call comes to it whose use is kByPlan. chunks: of pairs whose chains of sums run side by
 // side on `gpu`.
 SplitChoice split_choice(const BackwardCall& call, const BackwardConfig& config,
-                         const Chunks& chunks, const Gpu& gpu);
+                         const Chunks& chunks);
 
 // The variant for a call.
 KernelConfig backward_split_kernel(const BackwardCall& call, const BackwardConfig& config);

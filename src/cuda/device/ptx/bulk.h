@@ -103,6 +103,12 @@ __device__ __forceinline__ int load_acquire(const int32_t* from) {
   return value;
 }
 
+__device__ __forceinline__ int load_relaxed(const int32_t* from) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void add_release(int32_t* to, int value) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
@@ -111,7 +117,7 @@ __device__ __forceinline__ void add_relaxed(int32_t* to, int value) {
   asm volatile("red.relaxed.gpu.global.add.s32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
 }
 
-// For relaxed writes after it: makes them releases.
-__device__ __forceinline__ void fence_release() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+// Makes relaxed writes after it releases, and relaxed reads before it acquires.
+__device__ __forceinline__ void fence_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 
 }  // namespace anymask::ptx

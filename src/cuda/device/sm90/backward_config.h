@@ -126,15 +126,6 @@ struct BiasGradient {
 struct SplitChoice {
   const int64_t* visible_tiles;  // of the plan's column map; null: never
   int64_t most;                  // apart, unless there are more of them
-  // Or where chains would wait: the key tiles that the fullest row tile meets, of the plan's row
-  // map, times `crowding` are more than all visible tiles. 0: does not matter.
-  int64_t crowding;
-
-  bool splits(const plan::TileMap& rows) const {
-    if (visible_tiles == nullptr) return false;
-    const int64_t tiles = *visible_tiles;
-    return tiles <= most || (crowding > 0 && rows.count[rows.order[0]] * crowding > tiles);
-  }
 };
 
 // Everything that the three kernels of a backward pass read. Strides are in elements, and the last
@@ -213,7 +204,9 @@ struct BackwardParams {
   int32_t pair_step;
 
   // Whether dQ is made apart from dK and dV.
-  bool splits() const { return choice.splits(rows); }
+  bool splits() const {
+    return choice.visible_tiles != nullptr && *choice.visible_tiles <= choice.most;
+  }
 };
 
 // BackwardParams::known: how many row tiles have their statistics begun, of those that first items
