@@ -66,7 +66,8 @@ __device__ __forceinline__ uint64_t narrow_descriptor(const void* tile, int row_
 // ---- the products -------------------------------------------------------------------------------
 
 // Wgmma<E, N>::product_ss: A and B from shared memory, both K-major.
-// Wgmma<E, N>::product_rs: A from registers, B from shared memory, MN-major.
+// Wgmma<E, N>::product_rs: A from registers, B from shared memory, MN-major, or (kTurnB false)
+// K-major.
 // `accumulate` false: D is overwritten.
 template <Element E, int N>
 struct Wgmma;
@@ -114,8 +115,8 @@ struct Wgmma;
 #define ANYMASK_D_N256 \
   ANYMASK_D_N192, ANYMASK_D8(96), ANYMASK_D8(104), ANYMASK_D8(112), ANYMASK_D8(120)
 
-// r: accumulators a thread (N / 2); r1..r5: r + 1 .. r + 5, the operands that follow them.
-#define ANYMASK_WGMMA(E, TYPE, N, r, r1, r2, r3, r4, r5)                                         \
+// r: accumulators a thread (N / 2); r1..r6: r + 1 .. r + 6, the operands that follow them.
+#define ANYMASK_WGMMA(E, TYPE, N, r, r1, r2, r3, r4, r5, r6)                                     \
   template <>                                                                                    \
   struct Wgmma<Element::E, N> {                                                                  \
     static __device__ __forceinline__ void product_ss(float (&d)[N / 2], uint64_t a, uint64_t b, \
@@ -127,31 +128,32 @@ struct Wgmma;
                    : ANYMASK_D_N##N                                                              \
                    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                         \
     }                                                                                            \
+    template <bool kTurnB = true>                                                                \
     static __device__ __forceinline__ void product_rs(float (&d)[N / 2], const uint32_t* a,      \
                                                       uint64_t b, bool accumulate) {             \
       asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r5                                      \
                    ", 0;\n"                                                                      \
                    "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
                    " {" ANYMASK_TEXT_N##N "}, {%" #r ", %" #r1 ", %" #r2 ", %" #r3 "}, %" #r4    \
-                                          ", p, 1, 1, 1;\n}"                                     \
+                                          ", p, 1, 1, %" #r6 ";\n}"                              \
                    : ANYMASK_D_N##N                                                              \
                    : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                         \
-                     "r"(static_cast<int>(accumulate)));                                         \
+                     "r"(static_cast<int>(accumulate)), "n"(kTurnB ? 1 : 0));                    \
     }                                                                                            \
   };
-#define ANYMASK_WGMMA_TYPES(N, r, r1, r2, r3, r4, r5)    \
-  ANYMASK_WGMMA(kBf16, "bf16", N, r, r1, r2, r3, r4, r5) \
-  ANYMASK_WGMMA(kF16, "f16", N, r, r1, r2, r3, r4, r5)
+#define ANYMASK_WGMMA_TYPES(N, r, r1, r2, r3, r4, r5, r6)    \
+  ANYMASK_WGMMA(kBf16, "bf16", N, r, r1, r2, r3, r4, r5, r6) \
+  ANYMASK_WGMMA(kF16, "f16", N, r, r1, r2, r3, r4, r5, r6)
 
-ANYMASK_WGMMA_TYPES(64, 32, 33, 34, 35, 36, 37)
-ANYMASK_WGMMA_TYPES(80, 40, 41, 42, 43, 44, 45)
-ANYMASK_WGMMA_TYPES(96, 48, 49, 50, 51, 52, 53)
-ANYMASK_WGMMA_TYPES(112, 56, 57, 58, 59, 60, 61)
-ANYMASK_WGMMA_TYPES(128, 64, 65, 66, 67, 68, 69)
-ANYMASK_WGMMA_TYPES(160, 80, 81, 82, 83, 84, 85)
-ANYMASK_WGMMA_TYPES(176, 88, 89, 90, 91, 92, 93)
-ANYMASK_WGMMA_TYPES(192, 96, 97, 98, 99, 100, 101)
-ANYMASK_WGMMA_TYPES(256, 128, 129, 130, 131, 132, 133)
+ANYMASK_WGMMA_TYPES(64, 32, 33, 34, 35, 36, 37, 38)
+ANYMASK_WGMMA_TYPES(80, 40, 41, 42, 43, 44, 45, 46)
+ANYMASK_WGMMA_TYPES(96, 48, 49, 50, 51, 52, 53, 54)
+ANYMASK_WGMMA_TYPES(112, 56, 57, 58, 59, 60, 61, 62)
+ANYMASK_WGMMA_TYPES(128, 64, 65, 66, 67, 68, 69, 70)
+ANYMASK_WGMMA_TYPES(160, 80, 81, 82, 83, 84, 85, 86)
+ANYMASK_WGMMA_TYPES(176, 88, 89, 90, 91, 92, 93, 94)
+ANYMASK_WGMMA_TYPES(192, 96, 97, 98, 99, 100, 101, 102)
+ANYMASK_WGMMA_TYPES(256, 128, 129, 130, 131, 132, 133, 134)
 
 #undef ANYMASK_WGMMA_TYPES
 #undef ANYMASK_WGMMA

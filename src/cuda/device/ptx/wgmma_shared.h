@@ -1,4 +1,4 @@
-// Warpgroup products with operands laid out otherwise than Wgmma's are.
+// Warpgroup products with both operands in shared memory and either of them stored transposed.
 #pragma once
 
 #include "cuda/device/ptx/wgmma.h"
@@ -29,30 +29,6 @@ struct SharedProduct;
                    : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));                        \
     }                                                                                           \
   };
-// RegisterProduct<E, N>::run: A from registers, as for Wgmma, and B K-major.
-template <Element E, int N>
-struct RegisterProduct;
-
-// r: accumulators a thread (N / 2); r1..r5: the operands that follow them.
-#define ANYMASK_REGISTER(E, TYPE, N, r, r1, r2, r3, r4, r5)                                      \
-  template <>                                                                                    \
-  struct RegisterProduct<Element::E, N> {                                                        \
-    static __device__ __forceinline__ void run(float (&d)[N / 2], const uint32_t* a, uint64_t b, \
-                                               bool accumulate) {                                \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #r5                                      \
-                   ", 0;\n"                                                                      \
-                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE               \
-                   " {" ANYMASK_TEXT_N##N "}, {%" #r ", %" #r1 ", %" #r2 ", %" #r3 "}, %" #r4    \
-                                          ", p, 1, 1, 0;\n}"                                     \
-                   : ANYMASK_D_N##N                                                              \
-                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b),                         \
-                     "r"(static_cast<int>(accumulate)));                                         \
-    }                                                                                            \
-  };
-ANYMASK_REGISTER(kBf16, "bf16", 64, 32, 33, 34, 35, 36, 37)
-ANYMASK_REGISTER(kF16, "f16", 64, 32, 33, 34, 35, 36, 37)
-#undef ANYMASK_REGISTER
-
 #define ANYMASK_SHARED_ALL(N, r, r1, r2)                  \
   ANYMASK_SHARED(kBf16, "bf16", N, false, "0", r, r1, r2) \
   ANYMASK_SHARED(kBf16, "bf16", N, true, "1", r, r1, r2)  \

@@ -10,7 +10,7 @@ namespace anymask::cuda {
 
 // Query rows of a tile: two words of mask bits a key, one 128-byte swizzled row of dS^T.
 inline constexpr int kBackwardRows = 64;
-inline constexpr int kGradRows = 16;  // of dQ, dK or dV, that a math warp stores at once
+inline constexpr int kGradRows = 16;           // of dQ, dK or dV, that a math warp stores at once
 inline constexpr int kBackwardWarpgroups = 2;  // that own keys, or (wide) parts of the depth
 
 // How the parts of a row tile of dQ meet. kUnchained: added in any order to sums that one kernel

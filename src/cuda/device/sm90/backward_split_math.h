@@ -105,8 +105,8 @@ struct SplitPlace {
 #pragma unroll
     for (int i = 0; i < 4 * kSlabs; ++i) {
       const int offset = (i / 4 * Shared::kSlabBytes + (i % 4) * 32) / 16;
-      ptx::RegisterProduct<kElement, 64>::run(to, &a[i / 4][4 * (i % 4)],
-                                              ptx::descriptor(b + offset), i > 0);
+      PieceProduct::template product_rs<false>(to, &a[i / 4][4 * (i % 4)],
+                                               ptx::descriptor(b + offset), i > 0);
     }
   }
 
