@@ -121,8 +121,8 @@ struct BiasGradient {
   int32_t wide;  // 1: float32
 };
 
-// Whether some blocks make dK and dV and others dQ (backward_split.h), or each all of them. Whoever
-// launches the kernels does not know the mask, so both are launched, and one returns at once.
+// Whether dQ is made apart from dK and dV (backward_split.h). Whoever launches the kernels does not
+// know the mask, so both are launched, and one returns at once.
 struct SplitChoice {
   const int64_t* visible_tiles;  // of the plan's column map; null: never
   int64_t most;                  // apart, unless there are more of them

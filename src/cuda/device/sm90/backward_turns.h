@@ -27,9 +27,9 @@ struct TurnKeeper {
   const BackwardParams& p;
   BackwardShared<C>& shared;
   Turn before = {0, 0, -1, 0};  // of the step before
-  Turn older = {0, 0, -1, 0};   // of the one before that, if kShortSteps and it is not passed on,
-  bool passing = false;         // which this says
   bool adding = false;          // its part is not known to be added
+  Turn older = {0, 0, -1, 0};   // kShortSteps: of the step before that,
+  bool passing = false;         // whose turn is not passed on
   int owed = 0;  // loose: row tiles in shared.owed whose turns are still to be passed on
 
   __device__ __forceinline__ void pass_on() {
