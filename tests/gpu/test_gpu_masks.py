@@ -23,11 +23,13 @@ def test_memory_is_poisoned():
         assert (torch.empty(1000, dtype=torch.uint8, device=DEVICE) == 255).all()
 
 
+# With 44 and more heads blocks have several items one after the other, else one at most.
+@pytest.mark.parametrize("heads", [2, 44])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", benchmark_masks.NAMES)
-def test_benchmark_masks(name, dtype):
+def test_benchmark_masks(name, dtype, heads):
     case = benchmark_masks.benchmark_mask(name, LENGTH)
-    q, k, v = inputs(1, LENGTH, heads=(2, 2), dims=(128, 128), dtype=dtype)
+    q, k, v = inputs(1, LENGTH, heads=(heads, heads), dims=(128, 128), dtype=dtype)
     check(q, k, v, case.mask, reference.intervals(case.indices, case.causal, LENGTH))
     if case.composed is not None:
         allowed = case.mask.to_dense(q_len=LENGTH)
@@ -37,11 +39,11 @@ def test_benchmark_masks(name, dtype):
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("kind", mask_cases.KINDS)
 def test_every_kind(kind, dtype):
-    for seed, sizes in enumerate([(2, 4, 150, 201), (2, 4, 300, 129), (1, 4, 257, 257)]):
-        b, h, m, n = sizes
+    sizes = [(2, 4, 150, 201), (2, 4, 300, 129), (1, 4, 257, 257), (2, 48, 300, 201)]
+    for seed, (b, h, m, n) in enumerate(sizes):
         mask, allowed = mask_cases.KINDS[kind](np.random.default_rng(seed), b, h, m, n)
-        check(*inputs(b, m, n, heads=(4, 2), dtype=dtype), mask, allowed)
-        check(*inputs(b, m, n, heads=(4, 2), dtype=dtype), ~mask, ~allowed, plan=True)
+        check(*inputs(b, m, n, heads=(h, h // 2), dtype=dtype), mask, allowed)
+        check(*inputs(b, m, n, heads=(h, h // 2), dtype=dtype), ~mask, ~allowed, plan=True)
 
 
 @pytest.mark.parametrize("seed", range(60 if ON_GPU else 6))
