@@ -64,7 +64,7 @@ int64_t gathered_bytes(const rules::Program& lowered, const Problem& p) {
 }  // namespace
 
 plan::TileShapes tile_shapes(const Problem& problem) {
-  return {.forward = forward_tile_shape(problem.head_dim, problem.v_head_dim),
+  return {.forward = forward_tile_shape(problem),
           .backward = backward_tile_shape(problem.head_dim, problem.v_head_dim),
           .bake = 1};
 }

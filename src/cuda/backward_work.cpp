@@ -10,9 +10,6 @@ int64_t items_of(const Problem& problem, int64_t heads) {
   return problem.batch * heads * ((problem.kv_len + 127) / 128);
 }
 
-// Of the largest Hopper: the size of the workspace must not depend on the GPU.
-constexpr int64_t kMultiprocessors = 132;
-
 // Q, dO and the float32 sums of dQ: of a row, and of so many query heads.
 int64_t bytes_of_row(const Problem& problem) {
   return problem.head_dim * 6 + problem.v_head_dim * 2;

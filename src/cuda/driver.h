@@ -178,6 +178,10 @@ struct Gpu {
   size_t memory_bytes;
 };
 
+// Of the largest Hopper, for what must not depend on the GPU: sizes of plans and workspaces are
+// asked for where there may be none.
+inline constexpr int64_t kMultiprocessors = 132;
+
 int gpu_count();              // 0 when there is no usable driver
 const Gpu& gpu(int ordinal);  // read once, then a look-up
 

@@ -29,22 +29,36 @@ constexpr int padded(int64_t depth) {
 
 constexpr int kSharedBytes = 227 * 1024;  // of a block
 
+// What a plan knows of a call, and all that decides a variant's tile.
+struct Shape {
+  int depth, value_depth;  // padded
+  bool few_rows;
+};
+
+Shape shape_of(const Problem& problem) {
+  return {padded(problem.head_dim), padded(problem.v_head_dim), has_few_rows(problem)};
+}
+
 // What the measurements in docs/kernels/forward.md chose. Output and scores of a math warpgroup
 // must fit its registers: up to 128 output columns leave room for three warpgroups, which share
-// each tile of K and V; wider outputs for two, whose products then overlap their own softmax.
-constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath masks,
+// each tile of K and V; wider outputs for two, whose products then overlap their own softmax. Few
+// rows are for two as well: more of the multiprocessors then have some.
+constexpr ForwardConfig variant(Shape shape, bool half = false, MaskPath masks = MaskPath::kRuns,
                                 int32_t features = 0) {
+  const auto [depth, value_depth, few_rows] = shape;
+  const bool narrow = value_depth <= 128 && depth <= 192;
   ForwardConfig c{};
   c.half = half;
   c.depth = depth;
   c.value_depth = value_depth;
   c.mask_path = static_cast<int32_t>(masks);
   c.k_stages = 2;
-  c.v_stages = 2;
+  c.v_stages = narrow && depth <= 128 ? 3 : 2;
   c.bit_slots = 3;
   c.pieces = 2;
-  if (value_depth <= 128 && depth <= 192) {
+  if (narrow && !few_rows) {
     c.warpgroups = 3;
+    c.columns = 128;
     c.math_registers = 160;
     c.load_registers = 32;
     if (depth == 192) {
@@ -53,16 +67,12 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
     } else if (depth == 64 && value_depth == 64) {
       c.columns = 192;
       c.k_stages = 3;
-      c.v_stages = 3;
       c.pieces = 3;
-    } else {
-      c.columns = 128;
-      c.v_stages = 3;
     }
   } else {
     c.warpgroups = 2;
     c.overlap = 1;
-    c.columns = depth + value_depth > 384 ? 80 : 96;
+    c.columns = narrow ? 128 : depth + value_depth > 384 ? 80 : 96;
     c.bit_slots = depth + value_depth == 512 ? 1 : 3;
     c.math_registers = 232;
     c.load_registers = 40;
@@ -76,18 +86,22 @@ constexpr ForwardConfig variant(int depth, int value_depth, bool half, MaskPath 
 
 constexpr int kDepths[] = {64, 128, 192, 256};
 
+constexpr bool fits(Shape shape) {
+  const ForwardConfig c = variant(shape);
+  const int32_t all = kSoftcap | kKeyBias | kBias | kDropout;
+  // Registers are dealt out at launch, in eights a thread; trading cannot make more of them.
+  const int at_launch = 65536 / c.threads() / 8 * 8 * (c.warpgroups + 1);
+  return c.shared_bytes() <= kSharedBytes &&
+         variant(shape, false, MaskPath::kRuns, all).shared_bytes() <= kSharedBytes &&
+         c.warpgroups * c.math_registers + c.load_registers <= at_launch;
+}
+
 constexpr bool variants_fit() {
   for (const int depth : kDepths) {
     for (const int value_depth : kDepths) {
-      const ForwardConfig c = variant(depth, value_depth, false, MaskPath::kRuns);
-      const int32_t all = kSoftcap | kKeyBias | kBias | kDropout;
-      if (c.shared_bytes() > kSharedBytes) return false;
-      if (variant(depth, value_depth, false, MaskPath::kRuns, all).shared_bytes() > kSharedBytes) {
-        return false;
+      for (const bool few_rows : {false, true}) {
+        if (!fits({depth, value_depth, few_rows})) return false;
       }
-      // Registers are dealt out at launch, in eights a thread; trading cannot make more of them.
-      const int at_launch = 65536 / c.threads() / 8 * 8 * (c.warpgroups + 1);
-      if (c.warpgroups * c.math_registers + c.load_registers > at_launch) return false;
     }
   }
   return true;
@@ -121,9 +135,18 @@ int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
 
 }  // namespace
 
-plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim) {
-  const ForwardConfig c = variant(padded(head_dim), padded(v_head_dim), false, MaskPath::kRuns);
-  return {c.rows(), c.columns};
+// Up to here row tiles of 128 leave every block one item at most, and the call takes as long as its
+// longest, which is done sooner than one of 192 rows: 8 heads of 2048 rows ran at 457 instead of
+// 400 TFLOP/s, causal at 237 instead of 215. Beyond, a full mask's blocks would wait for second
+// items: two of 128 rows take 1.75 times as long as one of 192.
+bool has_few_rows(const Problem& problem) {
+  constexpr int64_t kRows = 128;
+  const int64_t items = problem.batch * problem.q_heads * ((problem.q_len + kRows - 1) / kRows);
+  return items <= kMultiprocessors;
+}
+
+plan::TileShape forward_tile_shape(const Problem& problem) {
+  return variant(shape_of(problem)).tile();
 }
 
 void forward(const ForwardCall& call, int ordinal, CuStream stream) {
@@ -142,8 +165,8 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   const int32_t features = features_of(*call.scores) |
                            (bounded_by_cap(*call.scores, half) ? kBounded : 0) |
                            (params.scores.bias_at_once == 8 ? kBiasTiles : 0);
-  const ForwardConfig config = variant(padded(problem.head_dim), padded(problem.v_head_dim), half,
-                                       mask_path(params.recipe, call.rows), features);
+  const ForwardConfig config =
+      variant(shape_of(problem), half, mask_path(params.recipe, call.rows), features);
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
@@ -184,22 +207,26 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
 }
 
 std::vector<KernelConfig> forward_kernels() {
-  constexpr int kShipped[][2] = {{64, 64}, {128, 128}, {192, 128}, {192, 192}, {256, 256}};
+  constexpr Shape kShipped[] = {{64, 64, false},   {64, 64, true},    {128, 128, false},
+                                {128, 128, true},  {192, 128, false}, {192, 128, true},
+                                {192, 192, false}, {256, 256, false}};
   std::vector<KernelConfig> all;
-  for (const auto& [depth, value_depth] : kShipped) {
+  for (const Shape& shape : kShipped) {
     for (const bool half : {false, true}) {
+      const auto add = [&](MaskPath masks, int32_t features = 0) {
+        all.push_back(kernel_config(variant(shape, half, masks, features)));
+      };
       for (const MaskPath masks :
            {MaskPath::kRuns, MaskPath::kRecipe, MaskPath::kMachine, MaskPath::kBaked}) {
-        all.push_back(kernel_config(variant(depth, value_depth, half, masks)));
+        add(masks);
       }
-      if (depth == 192) continue;
+      if (shape.depth == 192) continue;
       const int32_t softcap = half ? kSoftcap : kSoftcap | kBounded;
       for (const int32_t feature : {softcap, kKeyBias, kBias, kBias | kBiasTiles, kDropout}) {
-        all.push_back(kernel_config(variant(depth, value_depth, half, MaskPath::kRuns, feature)));
+        add(MaskPath::kRuns, feature);
       }
       // Biases of pairs come with dense masks more than with others.
-      all.push_back(
-          kernel_config(variant(depth, value_depth, half, MaskPath::kBaked, kBias | kBiasTiles)));
+      add(MaskPath::kBaked, kBias | kBiasTiles);
     }
   }
   return all;

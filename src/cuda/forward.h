@@ -10,9 +10,13 @@
 
 namespace anymask::cuda {
 
-// The tile of the forward row map that the kernel for these head dimensions walks: the plan is
-// built for it. Dimensions: multiples of 8 up to 256.
-plan::TileShape forward_tile_shape(int64_t head_dim, int64_t v_head_dim);
+// Whether there are so few rows that smaller row tiles, which more multiprocessors can share, make
+// the call faster.
+bool has_few_rows(const Problem& problem);
+
+// The tile of the forward row map that the kernel for this problem walks: the plan is built for it.
+// Head dimensions: multiples of 8 up to 256.
+plan::TileShape forward_tile_shape(const Problem& problem);
 
 struct ForwardCall {
   Tensor q, k, v, out;  // [batch, length, heads, depth], f16 or bf16, any sizes; validated

@@ -127,7 +127,7 @@ class BakedPlan {
 // Rows x columns of the tiles that the kernels for some head dimensions have.
 inline const plan::TileShapes kBakedShapes[] = {
     {{192, 128}, {64, 128}, 1}, {{192, 192}, {64, 128}, 1}, {{192, 96}, {64, 128}, 1},
-    {{128, 96}, {64, 64}, 1},   {{128, 80}, {64, 64}, 1},
+    {{128, 128}, {64, 128}, 1}, {{128, 96}, {64, 64}, 1},   {{128, 80}, {64, 64}, 1},
 };
 
 inline const Case kBakedCases[] = {

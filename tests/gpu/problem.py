@@ -14,6 +14,7 @@ DEVICE = torch.device(os.environ.get("ANYMASK_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
 HALVES = ("bfloat16", "float16")
 LENGTH = 700 if ON_GPU else 150  # several tiles of every kernel, and no multiple of any
+MULTIPROCESSORS = 132 if ON_GPU else 2
 
 
 class Results(NamedTuple):
@@ -82,11 +83,17 @@ def expect(q, k, v, every, *, dout, dlse=None, scale=None, dtype=torch.float64):
     return Results(out.detach(), lse.detach(), *found)
 
 
-def compare(got, q, k, v, every, *, dout, dlse=None, scale=None):
-    """Asserts that results are as good as naive attention in their own precision."""
+def compare(got, q, k, v, every, *, dout, dlse=None, scale=None, also=None):
+    """Asserts that results are as good as naive attention in their own precision; `also`: others of
+    the same inputs."""
     options = {"dout": dout, "dlse": dlse, "scale": scale}
     ref = expect(q, k, v, every, **options)
     low = expect(q, k, v, every, **options, dtype=q.dtype)
+    for each in (got,) if also is None else (got, also):
+        compare_with(ref, low, each, q, every)
+
+
+def compare_with(ref, low, got, q, every):
     # With few elements the naive result may be exact by luck: allow the rounding of one product.
     few = min(every.shape[2:]) < 32
     floor = max(1e-5, 2 * torch.finfo(q.dtype).eps) if few else 1e-5
@@ -115,24 +122,51 @@ def check(q, k, v, mask, allowed, *, scale=None, with_lse=False, dout=None, plan
     """Both passes under a mask against the reference.
 
     `allowed` says what the mask means (NumPy, see mask_cases); `with_lse` sends a gradient through
-    lse too; `plan` makes a plan first.
+    lse too; `plan` makes a plan first. The forward pass also runs with more heads: calls of few rows
+    and of many have kernels of their own, and tests are small.
     """
-    sizes = {"batch": q.shape[0], "q_heads": q.shape[2], "q_len": q.shape[1]}
-    every = per_head(allowed, *sizes.values(), k.shape[1]).to(DEVICE)
+    every = per_head(allowed, q.shape[0], q.shape[2], q.shape[1], k.shape[1]).to(DEVICE)
     mask = None if mask is None else mask.to(DEVICE)
     dout = gradient_of(q, v) if dout is None else dout
     dlse = None
     if with_lse:
         dlse = torch.randn(every.shape[:3], device=DEVICE).masked_fill(~every.any(-1), 0.0)
-    if plan:
-        options["plan"] = am.plan(
-            mask, **sizes, kv_heads=k.shape[2], kv_len=k.shape[1], head_dim=q.shape[3],
-            v_head_dim=v.shape[3], dtype=q.dtype, device=DEVICE,
-        )  # fmt: skip
-        mask = None
-    got = run(q, k, v, mask, dout=dout, dlse=dlse, scale=scale, **options)
-    compare(got, q, k, v, every, dout=dout, dlse=dlse, scale=scale)
+    got = run(q, k, v, **planned(q, k, v, mask, plan), dout=dout, dlse=dlse, scale=scale, **options)
+    more = forward_of_many_rows(q, k, v, mask, scale, plan)
+    also = None if more is None else got._replace(out=more[0], lse=more[1])
+    compare(got, q, k, v, every, dout=dout, dlse=dlse, scale=scale, also=also)
     return got
+
+
+def planned(q, k, v, mask, plan=True):
+    """The mask as an option of a call: as it is, or planned."""
+    if not plan:
+        return {"mask": mask}
+    return {
+        "plan": am.plan(
+            mask, batch=q.shape[0], q_heads=q.shape[2], kv_heads=k.shape[2], q_len=q.shape[1],
+            kv_len=k.shape[1], head_dim=q.shape[3], v_head_dim=v.shape[3], dtype=q.dtype,
+            device=DEVICE,
+        )
+    }  # fmt: skip
+
+
+def forward_of_many_rows(q, k, v, mask, scale=None, plan=False):
+    """(out, lse) from a call with each query head so many times that there are more row tiles than
+    multiprocessors; None where there are as it is. k, v and a mask's heads stand for more then."""
+    tiles = q.shape[0] * q.shape[2] * -(-q.shape[1] // 192)  # of the largest
+    times = MULTIPROCESSORS // max(tiles, 1) + 1
+    if times == 1 or tiles == 0:
+        return None
+    q = q.detach().repeat_interleave(times, 2)
+    with poisoned(), torch.no_grad():
+        out, lse = am.attention(
+            q, k, v, **planned(q, k, v, mask, plan), scale=scale, return_lse=True
+        )
+    out, lse = out.unflatten(2, (-1, times)), lse.unflatten(1, (-1, times))
+    assert torch.equal(out, out[:, :, :, :1].expand_as(out))
+    assert torch.equal(lse, lse[:, :, :1].expand_as(lse))
+    return out[:, :, :, 0], lse[:, :, 0]
 
 
 def assert_same(one, two):

@@ -200,15 +200,16 @@ def test_biases_in_tiles(dims, dtype, shape):
 
 @pytest.mark.cuda
 @pytest.mark.gibibytes(2)
-def test_dense_masks_and_biases_from_far_memory():
+@pytest.mark.parametrize("heads", [4, 34])  # few rows and many
+def test_dense_masks_and_biases_from_far_memory(heads):
     """Loads of mask bits that queue behind those of biases see the bits of their own tile: with
     nothing in the caches, one call in a hundred once saw a later tile's."""
-    rng, (q, k, v) = inputs(22, lengths=(M, TILED), dims=(128, 128))
-    bias = draw(rng, (2, 4, M, TILED))
-    mask = am.dense(rng.random((2, 4, M, TILED)) < 0.5).to(DEVICE)
+    rng, (q, k, v) = inputs(22, lengths=(M, TILED), heads=(heads, 2), dims=(128, 128))
+    bias = draw(rng, (2, heads, M, TILED))
+    mask = am.dense(rng.random((2, heads, M, TILED)) < 0.5).to(DEVICE)
     plan = am.plan(
-        mask, batch=2, q_heads=4, kv_heads=2, q_len=M, kv_len=TILED, head_dim=128, dtype=q.dtype,
-        device=DEVICE,
+        mask, batch=2, q_heads=heads, kv_heads=2, q_len=M, kv_len=TILED, head_dim=128,
+        dtype=q.dtype, device=DEVICE,
     )  # fmt: skip
     other = torch.empty(2**26, device=DEVICE)  # 256 MiB, several times what L2 holds
     first = am.attention(q, k, v, plan=plan, bias=bias)
