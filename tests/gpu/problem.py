@@ -122,8 +122,8 @@ def check(q, k, v, mask, allowed, *, scale=None, with_lse=False, dout=None, plan
     """Both passes under a mask against the reference.
 
     `allowed` says what the mask means (NumPy, see mask_cases); `with_lse` sends a gradient through
-    lse too; `plan` makes a plan first. The forward pass also runs with more heads: calls of few rows
-    and of many have kernels of their own, and tests are small.
+    lse too; `plan` makes a plan first. The forward pass also runs with more heads: calls of few
+    rows and of many have kernels of their own, and tests are small.
     """
     every = per_head(allowed, q.shape[0], q.shape[2], q.shape[1], k.shape[1]).to(DEVICE)
     mask = None if mask is None else mask.to(DEVICE)

@@ -52,7 +52,8 @@ def test_odd_sizes(dims, sizes, dtype):
         check(q, k, v, mask, allowed, plan=name in ("runs", "baked"))
     # Tiles of which a strip of 64 rows sees nothing, before, between and after those that it sees.
     gaps = np.ones((m, n), bool)
-    gaps[: m // 2, n // 4 : n // 2] = gaps[m // 2 :, : n // 3] = gaps[m // 3 :, 2 * n // 3 :] = False
+    gaps[: m // 2, n // 4 : n // 2] = gaps[m // 2 :, : n // 3] = False
+    gaps[m // 3 :, 2 * n // 3 :] = False
     check(q, k, v, am.dense(gaps), gaps, with_lse=True)
     check(q, k, v, am.dense(gaps).reordered(), gaps)
     ids = np.sort(rng.integers(0, 4, (b, max(m, n))).astype(np.int32))

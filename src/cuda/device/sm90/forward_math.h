@@ -220,7 +220,7 @@ struct MathWarp {
   __device__ __forceinline__ bool raise(const Tile<kColumns>& tile, float (&factor)[2]) {
     if constexpr (!kHasTop) return false;
     float top[2];
-    row_maxima(tile.scores, top);
+    thread_maxima(tile.scores, top);
     return rows.raise(top, p.scale_log2, factor);
   }
 
