@@ -20,18 +20,19 @@ class Forward {
   void run();
 
  private:
+  const ForwardKernel& kernel_for(int64_t rows) const;
   void query_tile(int64_t task, int thread) const;
   void fill_words(rules::Place place, int64_t row, int64_t key, int rows, int keys,
                   uint32_t* words) const;
 
   const ForwardCall& call_;
-  const ForwardKernel& kernel_;
   const TileScores scores_;
   const int64_t batch_, q_len_, q_heads_, kv_len_, group_, tiles_;
   // Decoding: the heads that share keys are the rows of one tile, where single rows would leave
   // most lanes empty and each head would read all keys again.
   const bool decoding_;
   const int64_t task_heads_;  // query heads per task
+  const ForwardKernel& kernel_;
   ForwardJob shape_{};
   size_t kernel_bytes_, k_bytes_, v_bytes_, thread_bytes_;
   const int team_ = threads();
@@ -40,7 +41,6 @@ class Forward {
 
 Forward::Forward(const ForwardCall& call)
     : call_(call),
-      kernel_(kernels().forward[static_cast<int>(element_of(call.q.dtype))]),
       scores_(call.scores, call.q, call.rows.shape),
       batch_(call.q.shape[0]),
       q_len_(call.q.shape[1]),
@@ -51,7 +51,8 @@ Forward::Forward(const ForwardCall& call)
       decoding_(q_len_ == 1 && group_ > 1 && group_ <= call.rows.shape.rows &&
                 q_heads_ / call.program->heads % group_ == 0 && call.lse.stride[1] == 1 &&
                 scores_.groups_may_share(group_)),
-      task_heads_(decoding_ ? group_ : 1) {
+      task_heads_(decoding_ ? group_ : 1),
+      kernel_(kernel_for(decoding_ ? group_ : q_len_)) {
   shape_.tile_rows = call.rows.shape.rows;
   shape_.tile_keys = call.rows.shape.columns;
   shape_.head_dim = static_cast<int>(call.q.shape[3]);
@@ -63,6 +64,12 @@ Forward::Forward(const ForwardCall& call)
   v_bytes_ = page_up(gathered_bytes(call.v, shape_.tile_keys));
   thread_bytes_ = kernel_bytes_ + kWordsBytes + k_bytes_ + v_bytes_ + scores_.bytes();
   memory_ = allocate(thread_bytes_ * static_cast<size_t>(team_));
+}
+
+const ForwardKernel& Forward::kernel_for(int64_t rows) const {
+  const int element = static_cast<int>(element_of(call_.q.dtype));
+  const bool few = rows <= kernels().most_few_rows[element] && !scores_.any();
+  return few ? kernels().few_rows[element] : kernels().forward[element];
 }
 
 void Forward::run() {

@@ -336,6 +336,15 @@ void forward_begin(const ForwardJob& job) {
 ANYMASK_INLINE float natural_log(float x) { return __builtin_logf(x); }
 ANYMASK_INLINE double natural_log(double x) { return __builtin_log(x); }
 
+// The lse of a row whose scores' maximum is `highest`, and their sum of exp2 less it `sum`.
+template <class T>
+ANYMASK_INLINE T lse_of(const ForwardJob& job, T highest, T sum) {
+  if (sum == T{}) return -static_cast<T>(__builtin_inff());
+  const T to_natural =
+      job.changes.any ? T{1} : static_cast<T>(exponent_factor<double>(job.scale) * kLn2);
+  return highest * to_natural + natural_log(sum);
+}
+
 template <class Math, class In>
 void forward_end(const ForwardJob& job, RowsOut out, void* lse) {
   using T = typename Math::T;
@@ -343,8 +352,6 @@ void forward_end(const ForwardJob& job, RowsOut out, void* lse) {
   constexpr int kLanes = kLanesOf<Math>;
   const ForwardScratch<Math> scratch(job.scratch, job.tile_rows, job.tile_keys, job.head_dim,
                                      job.v_head_dim);
-  const T to_natural =
-      job.changes.any ? T{1} : static_cast<T>(exponent_factor<double>(job.scale) * kLn2);
   const Vec scale = splat<Vec>(static_cast<T>(job.changes.keep_scale));
   auto* to = static_cast<typename In::Raw*>(out.data);
   for (int first = 0; first < job.rows; first += kLanes) {
@@ -369,10 +376,8 @@ void forward_end(const ForwardJob& job, RowsOut out, void* lse) {
         store_as<In>(to + (first + r) * out.stride + d, square[r], count);
     }
     for (int r = 0; r < rows; ++r) {
-      const T total = scratch.sum[first + r];
       static_cast<T*>(lse)[first + r] =
-          total == T{} ? -static_cast<T>(__builtin_inff())
-                       : scratch.highest[first + r] * to_natural + natural_log(total);
+          lse_of(job, scratch.highest[first + r], scratch.sum[first + r]);
     }
   }
 }

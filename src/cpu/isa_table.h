@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cpu/backward_tile.h"
-#include "cpu/forward_tile.h"
+#include "cpu/few_rows_tile.h"
 #include "cpu/philox_rows.h"
 #include "cpu/run_words.h"
 
@@ -36,6 +36,9 @@ inline constexpr Kernels kTable = {
     kept_words,
     {forward_kernel<MathF32, InF32>(), forward_kernel<MathF32, InF16>(),
      forward_kernel<MathOfBf16, InBf16>(), forward_kernel<MathF64, InF64>()},
+    {few_rows_kernel<MathF32, InF32>(), few_rows_kernel<MathF32, InF16>(),
+     few_rows_kernel<MathOfBf16, InBf16>(), few_rows_kernel<MathF64, InF64>()},
+    {kMostFewRows<MathF32>, kMostFewRows<MathF32>, kMostFewRows<MathOfBf16>, kMostFewRows<MathF64>},
     {backward_kernel<MathF32, InF32>(), backward_kernel<MathF32, InF16>(),
      backward_kernel<MathOfBf16, InBf16>(), backward_kernel<MathF64, InF64>()},
     {spin<MathF32>, spin<MathF32>, spin<MathOfBf16>, spin<MathF64>},

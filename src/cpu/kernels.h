@@ -20,6 +20,8 @@ inline constexpr int kElements = 4;
 inline constexpr int kGroupRows = 32;
 inline constexpr int kMaxTileRows = 256;
 inline constexpr int kMaxTileKeys = 256;
+// Rows that may be few, see Kernels::most_few_rows.
+inline constexpr int kFewRows = 8;
 
 // Rows of the caller's memory: `data` points at the first, strides are in elements.
 struct RowsIn {
@@ -142,6 +144,9 @@ struct Kernels {
   void (*kept_words)(uint32_t key0, uint32_t key1, uint32_t digits, uint32_t first_row,
                      uint32_t block, uint32_t* words);
   ForwardKernel forward[kElements];
+  // For jobs without score options of up to so many rows. Those of more fill the lanes.
+  ForwardKernel few_rows[kElements];
+  int most_few_rows[kElements];
   BackwardKernel backward[kElements];
   // Multiply-adds on registers only: returns the floating-point operations done.
   double (*spin[kElements])(int64_t rounds);

@@ -131,7 +131,7 @@ inline void pack_depth(const typename In::Raw* from, int64_t stride, int rows, i
         const typename In::Raw* at = from + r * stride + column;
         x = count >= kLanes ? load<VecU16>(at) : load_first<VecU16>(at, count);
       }
-      return __builtin_convertvector(x, VecU32);
+      return widen_words(x);
     };
     for (int r = 0; r < padded_rows; r += 2) {
       for (int column = 0; column < columns; column += kLanes) {

@@ -248,6 +248,26 @@ TEST_P(CpuAttention, CrossesManyTiles) {
   check({1, 301, 523, 2, 1, 16, 8}, dtype, mask, false, 0.25, random);
 }
 
+// As in decoding: kernels of their own, up to a number of rows that depends on the lanes. Heads of
+// a group are rows where there is one query.
+TEST_P(CpuAttention, FewRows) {
+  const auto [isa, dtype, mask] = GetParam();
+  std::mt19937 random(std::random_device{}());
+  const auto pick = [&](std::initializer_list<int64_t> from) {
+    return from.begin()[random() % from.size()];
+  };
+  for (int64_t q_len = 1; q_len <= 9; ++q_len) {
+    const int64_t kv_heads = pick({1, 2});
+    const int64_t group = q_len == 1 ? pick({1, 2, 3, 4, 5, 8, 9}) : pick({1, 2});
+    const int64_t head_dim = 8 * pick({1, 2, 3, 5, 8, 10, 16, 32});
+    const Shape s{pick({1, 2}), q_len,    pick({1, 13, 128, 300, 417}),         kv_heads * group,
+                  kv_heads,     head_dim, pick({head_dim, 8, 24, 72, 136, 256})};
+    set_cpu_threads(static_cast<int>(pick({1, 3})));
+    const double scale = static_cast<double>(pick({-1, 1, 1})) / std::sqrt(head_dim);
+    check(s, dtype, mask, pick({0, 1}) == 1, scale, random);
+  }
+}
+
 TEST_P(CpuAttention, NothingToSee) {
   const auto [isa, dtype, mask] = GetParam();
   std::mt19937 random(std::random_device{}());
@@ -301,18 +321,20 @@ INSTANTIATE_TEST_SUITE_P(All, CpuDeterminism,
 
 TEST(CpuCorners, NanStaysInItsRow) {
   std::mt19937 random(std::random_device{}());
-  const Shape s{1, 40, 50, 1, 1, 16, 16};
-  for (const std::string& isa : cpu_instruction_sets()) {
-    set_cpu_instruction_set(isa);
-    for (const DType dtype : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
-      Inputs in = draw_inputs(s, dtype, random);
-      in.q[static_cast<size_t>(7 * s.head_dim + 3)] = std::nan("");
-      Call run(s, dtype, false, in);
-      run.compute(full(), 0.25);
-      const Values out = run.out.get();
-      for (int64_t i = 0; i < s.q_len; ++i) {
-        EXPECT_EQ(std::isnan(out[static_cast<size_t>(i * s.v_head_dim)]), i == 7)
-            << isa << " " << name_of(dtype) << " row " << i;
+  for (const int64_t q_len : {4, 40}) {
+    const Shape s{1, q_len, 50, 1, 1, 16, 16};
+    for (const std::string& isa : cpu_instruction_sets()) {
+      set_cpu_instruction_set(isa);
+      for (const DType dtype : {DType::f32, DType::f16, DType::bf16, DType::f64}) {
+        Inputs in = draw_inputs(s, dtype, random);
+        in.q[static_cast<size_t>(2 * s.head_dim + 3)] = std::nan("");
+        Call run(s, dtype, false, in);
+        run.compute(full(), 0.25);
+        const Values out = run.out.get();
+        for (int64_t i = 0; i < s.q_len; ++i) {
+          EXPECT_EQ(std::isnan(out[static_cast<size_t>(i * s.v_head_dim)]), i == 2)
+              << isa << " " << name_of(dtype) << " row " << i << " of " << q_len;
+        }
       }
     }
   }
