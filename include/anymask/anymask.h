@@ -142,6 +142,7 @@ typedef struct {
 ANYMASK_API const char* anymask_version(void);
 ANYMASK_API const char* anymask_last_error(void);
 
+/* A plan is for calls of its mask and problem, every size of them: tiles depend on them all. */
 ANYMASK_API anymask_status anymask_plan_bytes(const anymask_mask* mask,
                                               const anymask_problem* problem, int64_t* bytes);
 ANYMASK_API anymask_status anymask_build_plan(const anymask_mask* mask,

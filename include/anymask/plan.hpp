@@ -12,7 +12,8 @@ namespace anymask {
 // Bytes of the buffer that a plan of `mask` for `problem` needs; from shapes alone.
 int64_t plan_bytes(const Mask& mask, const Problem& problem);
 
-// What a plan is good for. Without what the backward pass needs it is made in less time.
+// What calls a plan is good for: those of its mask and problem (tiles depend on all sizes, the
+// batch among them), forward or both. Without what the backward pass needs it is made in less time.
 enum class Passes { forward, both };
 
 // Fills `buffer` (plan_bytes long, 256-byte aligned, on the problem's device). On CUDA the work is
