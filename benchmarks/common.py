@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from anymask import machine
+from anymask.bench.results import describe_version
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -46,4 +47,6 @@ def progress(console: Console, width: int = 40) -> Progress:
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    """The document, with date and commit before it."""
+    text = json.dumps({**describe_version(), **document}, indent=1)
+    path.write_text(text + "\n", encoding="utf-8")

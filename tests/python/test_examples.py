@@ -50,7 +50,9 @@ def test_cpu_decoding(tmp_path):
         str(ROOT / "benchmarks" / "cpu_decoding.py"), "--keys", "200", "--dim", "64",
         "--dtypes", "float32", "--rounds", "2", "--budget", "0.1", "--json", str(path),
     )  # fmt: skip
-    rows = json.loads(path.read_text())["rows"]
+    document = json.loads(path.read_text())
+    rows = document["rows"]
+    assert document["date"].endswith("UTC") and "commit" in document
     assert {row["rows"] for row in rows} == {1, 2, 4, 8, 16}
     assert all(row["anymask"] > 0 and 0 < row["error"] <= 1 for row in rows)
 

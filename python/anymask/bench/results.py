@@ -115,13 +115,20 @@ class Row:
 
 
 def describe_run(settings: Settings, commit: str | None = None) -> dict[str, Any]:
-    """Where and how the figures were made."""
+    """When, where and how the figures were made."""
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit or _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"),
+        **describe_version(commit),
         "settings": settings._asdict(),
         "machine": machine.describe(),
         "gpu": None if settings.device == "cpu" else describe_gpu(),
+    }
+
+
+def describe_version(commit: str | None = None) -> dict[str, str | None]:
+    """The date, and the commit: git's answer where it is not given, None where it has none."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "commit": commit or _output("git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"),
     }
 
 
