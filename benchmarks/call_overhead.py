@@ -8,13 +8,13 @@ On CUDA the figures are the host's time to queue a call.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import anymask as am
+import common
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -86,7 +86,7 @@ def main() -> None:
         table.add_row(name, f"{figures[name]:.1f}")
     Console().print(table)
     if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+        common.write_json(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python benchmarks/cpu_decoding.py [--json FILE]
 
 Rows are the last of the sequence and see all keys before them. Time is of the whole call, in turns
-with torch's; bandwidth is what keys and values have, once each. Results are compared with float64
-before they are timed.
+with torch's; bandwidth is what keys and values have, once each. The first key head's result is
+compared with float64 before a call is timed.
 """
 
 from __future__ import annotations

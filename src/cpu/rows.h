@@ -36,8 +36,7 @@ void row_delta(RowsIn dout, RowsIn out, const void* dlse, int rows, int v_head_d
       const int count = v_head_dim - d < kLanes ? v_head_dim - d : kLanes;
       sums += load_as<In>(a + d, count) * load_as<In>(b + d, count);
     }
-    T total{};
-    for (int i = 0; i < kLanes; ++i) total += sums[i];
+    const T total = sum_of_lanes(sums);
     static_cast<T*>(delta)[r] = dlse == nullptr ? total : total - static_cast<const T*>(dlse)[r];
   }
 }

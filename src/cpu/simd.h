@@ -127,6 +127,13 @@ ANYMASK_INLINE VecD maximum(VecD a, VecD b) {
 #endif
 }
 
+template <class V>
+ANYMASK_INLINE typename Lanes<V>::T sum_of_lanes(V x) {
+  typename Lanes<V>::T sum{};
+  for (int i = 0; i < Lanes<V>::kCount; ++i) sum += x[i];
+  return sum;
+}
+
 // 1, 2, 4, ... : one bit per lane.
 template <class V>
 ANYMASK_INLINE typename Lanes<V>::Bits lane_bits() {

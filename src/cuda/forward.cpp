@@ -136,8 +136,8 @@ int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
 }  // namespace
 
 // Up to here row tiles of 128 leave every block one item at most, and the call takes as long as its
-// longest, which is done sooner than one of 192 rows: 8 heads of 2048 rows ran at 457 instead of
-// 400 TFLOP/s, causal at 237 instead of 215. Beyond, a full mask's blocks would wait for second
+// longest, which is done sooner than one of 192 rows: 8 heads of 2048 rows ran at 454 instead of
+// 399 TFLOP/s, causal at 235 instead of 215. Beyond, a full mask's blocks would wait for second
 // items: two of 128 rows take 1.75 times as long as one of 192.
 bool has_few_rows(const Problem& problem) {
   constexpr int64_t kRows = 128;
