@@ -25,14 +25,24 @@ struct Lowered {
   plan::TileShapes shapes;
   int64_t plan_bytes;     // of the plan's own sections
   int64_t scratch_bytes;  // behind them, for building it
+  bool gpu;
 
   Lowered(const Mask& mask, const Problem& problem)
       : program(lower(mask, problem)),
         shapes(on_cuda(problem) ? cuda::tile_shapes(problem) : cpu::tile_shapes(problem)),
         plan_bytes(plan::bytes_needed(program, shapes)),
-        scratch_bytes(on_cuda(problem) ? cuda::plan_scratch(program) : 0) {}
+        scratch_bytes(on_cuda(problem) ? cuda::plan_scratch(program) : 0),
+        gpu(on_cuda(problem)) {}
 
-  int64_t bytes() const { return plan_bytes + scratch_bytes; }
+  // On a GPU what remains of 16 KiB says for which forward tile a plan is: so none is taken for
+  // that of a call of another batch or number of heads, which may have another tile.
+  int64_t bytes() const {
+    constexpr int64_t kLine = 1 << 14;
+    const int64_t all = plan_bytes + scratch_bytes;
+    if (!gpu || all == 0) return all;
+    const int64_t tile = 256 * (shapes.forward.rows / 64) + 1024 * (shapes.forward.columns / 16);
+    return (all + kLine - 1) / kLine * kLine + tile;
+  }
 };
 
 // The plan in the caller's buffer, or (CPU) one made for this call.

@@ -13,7 +13,7 @@
 namespace anymask::cpu::ANYMASK_ISA {
 
 // Up to half of the lanes: 8 rows of bf16 over 1024 keys, 8 heads, D = 128, take 383 us with
-// AVX-512, where rows in the lanes, be they 9 or 16, take 530 (benchmarks/cpu_decoding.py).
+// AVX-512, where rows in the lanes, be they 9 or 16, take 530 (benchmarks/decoding.py).
 template <class Math>
 inline constexpr int kMostFewRows = kLanesOf<Math> / 2 < kFewRows ? kLanesOf<Math> / 2 : kFewRows;
 

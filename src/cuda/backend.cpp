@@ -77,7 +77,7 @@ void build_plan(const rules::Program& lowered, const plan::Plan& plan, void* scr
 }
 
 int64_t forward_workspace(const rules::Program& lowered, const Problem& problem) {
-  return line_up(kForwardWorkspaceBytes) + gathered_bytes(lowered, problem);
+  return line_up(forward_workspace_bytes(problem, lowered)) + gathered_bytes(lowered, problem);
 }
 
 int64_t backward_workspace(const rules::Program& lowered, const Problem& problem,
@@ -95,7 +95,7 @@ void forward(const ForwardArgs& args, const Problem& problem, const plan::Plan& 
   const DeviceScope scope(ordinal);
   Workspace workspace(args.workspace, args.workspace_bytes);
   ForwardCall call{};
-  call.workspace = workspace.take(kForwardWorkspaceBytes);
+  call.workspace = workspace.take(forward_workspace_bytes(problem, plan.program));
   call.q = args.q;
   call.k = gathered(args.k, plan, workspace, stream);
   call.v = gathered(args.v, plan, workspace, stream);

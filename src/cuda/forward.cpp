@@ -76,6 +76,7 @@ constexpr ForwardConfig variant(Shape shape, bool half = false, MaskPath masks =
     c.bit_slots = depth + value_depth == 512 ? 1 : 3;
     c.math_registers = 232;
     c.load_registers = 40;
+    c.cuts = narrow;
   }
   // What score options need of shared memory comes off the slots of bits, then off V.
   c.features = features;
@@ -111,15 +112,16 @@ static_assert(variants_fit());
 KernelConfig kernel_config(const ForwardConfig& c) {
   KernelConfig config;
   config.family = &kForward;
-  config.values = {c.half,      c.depth,          c.value_depth,    c.warpgroups, c.columns,
-                   c.k_stages,  c.v_stages,       c.bit_slots,      c.overlap,    c.pieces,
-                   c.mask_path, c.math_registers, c.load_registers, c.features,   c.gradient};
-  config.count = 15;
+  config.values = {c.half,           c.depth,    c.value_depth, c.warpgroups,
+                   c.columns,        c.k_stages, c.v_stages,    c.bit_slots,
+                   c.overlap,        c.pieces,   c.mask_path,   c.math_registers,
+                   c.load_registers, c.features, c.gradient,    c.cuts};
+  config.count = 16;
   config.threads = c.threads();
   config.shared_bytes = c.shared_bytes();
   return config;
 }
-static_assert(sizeof(ForwardConfig) == 15 * sizeof(int32_t));
+static_assert(sizeof(ForwardConfig) == 16 * sizeof(int32_t));
 
 // ---- parameters ---------------------------------------------------------------------------------
 
@@ -133,6 +135,73 @@ int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
   return static_cast<int32_t>(std::min(pairs, kv_heads * (problem.q_heads / problem.kv_heads)));
 }
 
+// ---- one query row ------------------------------------------------------------------------------
+
+// Then the query heads of a group are as rows of one head, so that keys are read once for all of
+// them.
+Problem packed(Problem problem) {
+  problem.q_len = problem.q_heads / std::max<int64_t>(1, problem.kv_heads);
+  problem.q_heads = problem.kv_heads;
+  return problem;
+}
+
+// q or out, likewise.
+Tensor packed(Tensor tensor, int64_t kv_heads) {
+  tensor.shape[1] = tensor.shape[2] / kv_heads;
+  tensor.stride[1] = tensor.stride[2];
+  tensor.shape[2] = kv_heads;
+  tensor.stride[2] *= tensor.shape[1];
+  return tensor;
+}
+
+// Unless something tells the heads of a group apart, or bits are not made of columns' runs, of
+// which all rows can be given those of the one.
+bool packs(const ForwardCall& call, const Problem& problem, const ForwardConfig& config,
+           const RunRecipe& recipe) {
+  return config.cuts != 0 && problem.q_len == 1 && problem.q_heads > problem.kv_heads &&
+         problem.q_heads / problem.kv_heads <= config.rows() &&
+         problem.kv_heads % call.program->heads == 0 && (config.features & ~kAnyCap) == 0 &&
+         call.scores->sink.data == nullptr && recipe.usable != 0 && recipe.bits < 0 &&
+         recipe.ids < 0 && !config.baked();
+}
+
+// ---- few rows -----------------------------------------------------------------------------------
+
+int64_t items_of(const Problem& problem) {
+  constexpr int64_t kFewRows = 128;
+  return problem.batch * problem.q_heads * ((problem.q_len + kFewRows - 1) / kFewRows);
+}
+
+// ---- workspace ----------------------------------------------------------------------------------
+
+struct Workspace {
+  int64_t arrived = 256;  // offsets; at 0 is the counter of items
+  int64_t arrived_bytes = 0;
+  int64_t parts = 256;
+  int64_t part_floats = 0;
+  int64_t bytes = 256;
+
+  // Whether row tiles may be cut is decided before it is known what they see. Of a mask that shows
+  // everything that is known: with a block for nearly each there is nothing to gain.
+  Workspace(const Problem& problem, const rules::Program& program) {
+    constexpr int64_t kFewKeys = 1024;
+    const ForwardConfig c = variant(shape_of(problem));
+    if (c.cuts == 0 || problem.kv_len <= kFewKeys) return;
+    const bool shows_all = program.count == 1 && program.nodes[0].op == rules::Op::kConstant &&
+                           program.nodes[0].flag != 0;
+    if (shows_all && problem.q_len > 1 && 4 * items_of(problem) > 3 * kMultiprocessors) return;
+    const int64_t rows = problem.q_len == 1 ? packed(problem).q_len : problem.q_len;
+    const int64_t strips = (std::min<int64_t>(rows, c.rows()) + 15) / 16;
+    arrived_bytes = kMostCutRowTiles * (c.rows() / 16) * 4;
+    parts = (arrived + arrived_bytes + 255) / 256 * 256;
+    part_floats = strips * 32 * (c.value_depth / 2 + 4);
+    bytes = parts + 2 * kMultiprocessors * part_floats * 4;
+  }
+
+  // Whether the row tiles of a call are cut that has so many.
+  bool cuts(int64_t items) const { return part_floats > 0 && items <= kMostCutRowTiles; }
+};
+
 }  // namespace
 
 // Up to here row tiles of 128 leave every block one item at most, and the call takes as long as its
@@ -140,9 +209,12 @@ int32_t chunk_of(const Problem& problem, int64_t l2_bytes) {
 // 399 TFLOP/s, causal at 235 instead of 215. Beyond, a full mask's blocks would wait for second
 // items: two of 128 rows take 1.75 times as long as one of 192.
 bool has_few_rows(const Problem& problem) {
-  constexpr int64_t kRows = 128;
-  const int64_t items = problem.batch * problem.q_heads * ((problem.q_len + kRows - 1) / kRows);
-  return items <= kMultiprocessors;
+  return items_of(problem.q_len == 1 ? packed(problem) : problem) <= kMostCutRowTiles;
+}
+static_assert(kMostCutRowTiles == kMultiprocessors);
+
+int64_t forward_workspace_bytes(const Problem& problem, const rules::Program& program) {
+  return Workspace(problem, program).bytes;
 }
 
 plan::TileShape forward_tile_shape(const Problem& problem) {
@@ -170,24 +242,30 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
-  params.q = tensor_map(call.q, 64);
+  const bool packed_heads = packs(call, problem, config, params.recipe);
+  const Problem rows = packed_heads ? packed(problem) : problem;
+  const Tensor q = packed_heads ? packed(call.q, problem.kv_heads) : call.q;
+  const Tensor out = packed_heads ? packed(call.out, problem.kv_heads) : call.out;
+  params.one_mask_row = packed_heads ? 1 : 0;
+
+  params.q = tensor_map(q, 64);
   params.k = tensor_map(call.k, config.columns);
   params.v = tensor_map(call.v, config.columns);
-  params.out = call.out.data;
-  params.out_batch_stride = call.out.stride[0];
-  params.out_row_stride = call.out.stride[1];
-  params.out_head_stride = call.out.stride[2];
+  params.out = out.data;
+  params.out_batch_stride = out.stride[0];
+  params.out_row_stride = out.stride[1];
+  params.out_head_stride = out.stride[2];
   params.lse = static_cast<float*>(call.lse.data);
-  params.q_heads = static_cast<int32_t>(problem.q_heads);
-  params.group_heads = static_cast<int32_t>(problem.q_heads / problem.kv_heads);
-  params.q_len = static_cast<int32_t>(problem.q_len);
+  params.q_heads = static_cast<int32_t>(rows.q_heads);
+  params.group_heads = static_cast<int32_t>(rows.q_heads / rows.kv_heads);
+  params.q_len = static_cast<int32_t>(rows.q_len);
   params.kv_len = static_cast<int32_t>(problem.kv_len);
   params.value_depth = static_cast<int32_t>(problem.v_head_dim);
   constexpr double kLog2E = 1.4426950408889634;
   params.scale_log2 = static_cast<float>(score_factor(*call.scores, call.scale) * kLog2E);
   params.negate = call.scale < 0 && !(call.scores->softcap > 0) ? 1 : 0;
-  params.pairs = static_cast<int32_t>(problem.batch * problem.q_heads);
-  params.chunk = chunk_of(problem, gpu(ordinal).l2_bytes);
+  params.pairs = static_cast<int32_t>(rows.batch * rows.q_heads);
+  params.chunk = chunk_of(rows, gpu(ordinal).l2_bytes);
   const int64_t items = int64_t{params.pairs} * call.rows.outer_tiles;
   if (items > INT32_MAX) {
     throw Unsupported("attention: " + std::to_string(items) +
@@ -197,8 +275,16 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   params.map = call.rows;
   params.program = *call.program;
 
-  const int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
-  if (blocks < params.items) {
+  const Workspace layout(problem, *call.program);
+  char* const workspace = static_cast<char*>(call.workspace);
+  int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
+  if (layout.cuts(items)) {
+    blocks = std::min<int>(gpu(ordinal).multiprocessors, kMultiprocessors);
+    params.arrived = reinterpret_cast<int32_t*>(workspace + layout.arrived);
+    params.parts = reinterpret_cast<float*>(workspace + layout.parts);
+    params.part_floats = static_cast<int32_t>(layout.part_floats);
+    clear(params.arrived, layout.arrived_bytes, stream);
+  } else if (blocks < params.items) {
     params.next_item = static_cast<int32_t*>(call.workspace);
     clear(call.workspace, 4, stream);
   }

@@ -26,10 +26,11 @@ struct ForwardCall {
   plan::TileMap rows;  // row map in forward_tile_shape
   double scale;
   const ScoreOptions* scores;
-  void* workspace;  // kForwardWorkspaceBytes, nobody else's until the work is done
+  void* workspace;  // forward_workspace_bytes, nobody else's until the work is done
 };
 
-inline constexpr int64_t kForwardWorkspaceBytes = 256;
+// `program`: the lowered mask.
+int64_t forward_workspace_bytes(const Problem& problem, const rules::Program& program);
 
 // Queues the pass on `stream`; writes every element of out and lse. Never waits for the device; can
 // be captured in a graph.

@@ -5,10 +5,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <random>
 #include <utility>
+#include <vector>
 
 #include "anymask/attention.hpp"
 #include "cuda/backend.h"
+#include "cuda/device/key_cuts.h"
 
 namespace anymask::cuda {
 namespace {
@@ -92,6 +95,87 @@ TEST(Forward, ShippedVariantsHaveTheTilesOfPlans) {
     EXPECT_EQ(count(depth, depth, tile(problem(1, 8, 2048, depth, depth))), depth == 192 ? 8 : 20);
   }
   EXPECT_EQ(all.size(), 2 * (20 + 20 + 8) + 8 + 20);
+}
+
+TEST(Forward, APlanForAnotherTileHasAnotherSize) {
+  for (const int64_t q_len : {1, 100, 128}) {
+    EXPECT_NE(plan_bytes(causal(), problem(1, 132, q_len)),
+              plan_bytes(causal(), problem(1, 133, q_len)));
+    EXPECT_EQ(plan_bytes(causal(), problem(1, 132, q_len)),
+              plan_bytes(causal(), problem(132, 1, q_len)));
+  }
+}
+
+// Every key tile of every row tile is with exactly one block, which has its parts in a row.
+void expect_all_shared(const std::vector<int>& counts, int blocks) {
+  std::vector<int> starts{0};
+  int longest = 0;
+  for (const int count : counts) {
+    starts.push_back(starts.back() + count + kPartOverhead);
+    longest = std::max(longest, count + kPartOverhead);
+  }
+  const int rows = static_cast<int>(counts.size());
+  const int share = share_of(starts.back(), longest, rows, blocks);
+  if (share == 0) {
+    EXPECT_LE(rows, blocks);
+    return;
+  }
+  EXPECT_GE(static_cast<int64_t>(share) * blocks, starts.back());
+  std::vector<int> tiles(static_cast<size_t>(blocks)), cut_ends(tiles), cut_begins(tiles);
+  int block = 0;  // that the part before was with
+  for (int row = 0; row < rows; ++row) {
+    const int count = counts[static_cast<size_t>(row)], start = starts[static_cast<size_t>(row)];
+    const RowCuts cuts = cuts_of(start, count, share, blocks);
+    EXPECT_GE(cuts.first_block, block) << "a block's row tiles are not next to each other";
+    EXPECT_EQ(cuts.begin_of(0, start, share), 0);
+    for (int part = 0; part < cuts.parts; ++part) {
+      block = cuts.first_block + part;
+      ASSERT_LT(block, blocks);
+      const int begin = cuts.begin_of(part, start, share);
+      const bool last = part + 1 == cuts.parts;
+      const int end = last ? count : cuts.begin_of(part + 1, start, share);
+      EXPECT_GE(end - begin, cuts.parts > 1 ? kLeastPart : 0);
+      const auto at = static_cast<size_t>(block);
+      tiles[at] += end - begin;
+      cut_begins[at] += part > 0;
+      cut_ends[at] += part == 0 && !last;
+    }
+  }
+  for (size_t b = 0; b < tiles.size(); ++b) {
+    EXPECT_LE(tiles[b], share + 2 * kLeastPart);
+    EXPECT_LE(cut_begins[b], 1) << "a block has one place for what another one began";
+    EXPECT_LE(cut_ends[b], 1);
+  }
+}
+
+TEST(Forward, KeyTilesOfFewRowsAreSharedOut) {
+  std::vector<int> causal;
+  for (int head = 0; head < 8; ++head) {
+    for (int row = 1; row <= 16; ++row) causal.push_back(row);
+  }
+  expect_all_shared(causal, 132);
+  expect_all_shared(std::vector<int>(32, 256), 132);
+  expect_all_shared({1 << 20}, 132);
+  expect_all_shared({0}, 132);
+  expect_all_shared(std::vector<int>(132, 0), 114);
+  std::mt19937 random(1);
+  const auto below = [&](int end) {
+    return static_cast<int>(random() % static_cast<unsigned>(end));
+  };
+  for (int i = 0; i < 3000; ++i) {
+    std::vector<int> counts(static_cast<size_t>(1 + below(kMostCutRowTiles)));
+    const int most = 1 << below(10);
+    for (int& count : counts) count = below(3) == 0 ? 0 : below(most + 1);
+    expect_all_shared(counts, 1 + below(132));
+  }
+}
+
+TEST(Forward, EvenlyLongRowTilesStayWhole) {
+  EXPECT_EQ(share_of(128 * 17, 17, 128, 132), 0);
+  EXPECT_EQ(share_of(4 * 4, 4, 4, 132), 0) << "too short to be cut";
+  EXPECT_GT(share_of(128 * 17, 17, 128, 114), 0) << "more row tiles than blocks";
+  EXPECT_EQ(share_of(64 * 17, 17, 64, 132), 9);
+  EXPECT_EQ(share_of(128 * 5, 9, 128, 132), 0) << "joining parts would take longer";
 }
 
 }  // namespace

@@ -151,7 +151,7 @@ __device__ __forceinline__ void load_fragments(uint32_t address,
   }
 }
 
-// 64 columns of a warp's 16 keys of dK or dV, times scale.
+// 64 columns of a warp's 16 rows, times scale.
 template <bool kHalf, int kCount>
 __device__ __forceinline__ void pack_slab(const float (&grad)[kCount], int slab, float scale,
                                           uint32_t (&packed)[kPieceValues / 2]) {
@@ -162,25 +162,23 @@ __device__ __forceinline__ void pack_slab(const float (&grad)[kCount], int slab,
   }
 }
 
-// A warp's 16 keys of dK or dV, from `first_key` on: 64 columns at a time through `staged` and the
-// copy engine, which costs a third of what stores from registers do.
-template <bool kHalf, int kDepth>
-__device__ __forceinline__ void store_through(uint8_t* staged, const TensorMapBytes& map,
-                                              const float (&grad)[kDepth / 2], float scale,
-                                              int first_key, int kv_head, int batch, int lane) {
-#pragma unroll
-  for (int slab = 0; slab < kDepth / kSlabColumns; ++slab) {
-    uint32_t packed[kPieceValues / 2];
-    pack_slab<kHalf>(grad, slab, scale, packed);
-    if (lane == 0) ptx::bulk_wait_read<0>();
-    __syncwarp();
-    store_fragments(fragment_address(staged, 0, lane), packed);
-    ptx::fence_async_shared();
-    __syncwarp();
-    if (lane == 0) {
-      ptx::store_box(&map, staged, slab * kSlabColumns, first_key, kv_head, batch);
-      ptx::bulk_commit();
-    }
+// Columns [64 slab, 64 slab + 64) of 16 rows of a tensor, times scale, by way of `place` and the
+// copy engine, which costs a third of what stores from registers do. Of this warp's copies the last
+// kPending may still be reading.
+template <bool kHalf, int kPending, int kCount>
+__device__ __forceinline__ void store_piece(uint8_t* place, const TensorMapBytes& map,
+                                            const float (&values)[kCount], int slab, float scale,
+                                            int first_row, int head, int batch, int lane) {
+  uint32_t packed[kPieceValues / 2];
+  pack_slab<kHalf>(values, slab, scale, packed);
+  ptx::bulk_wait_read<kPending>();
+  __syncwarp();
+  store_fragments(fragment_address(place, 0, lane), packed);
+  ptx::fence_async_shared();
+  __syncwarp();
+  if (lane == 0) {
+    ptx::store_box(&map, place, slab * kSlabColumns, first_row, head, batch);
+    ptx::bulk_commit();
   }
 }
 

@@ -183,22 +183,44 @@ struct BackwardMath {
 
   // ---- an item ----------------------------------------------------------------------------------
 
-  // This warpgroup's 64 keys of dK or dV: 16 keys x 64 columns at a time through shared memory and
-  // the copy engine, which costs a third of what stores from registers do; those remain for keys
-  // that have to go to places of their own.
-  template <int kDepth>
-  __device__ __forceinline__ void store_grad(const BackwardItem& item,
-                                             const float (&grad)[kDepth / 2], float scale,
-                                             const TensorMapBytes& map, uint16_t* direct,
-                                             int64_t row_stride, int depth) {
+  // dV, then dK leave in pieces of a warp's 16 keys x 64 columns, through shared memory and the
+  // copy engine, which costs a third of what stores from registers do. Pieces take turns at two
+  // places: one that is there for them, and the warp's part of dS, once the warpgroup of dQ has
+  // read it. (With one place a piece waits until the copy engine has read the one before, behind
+  // the next item's loads.) With a softcap there are no registers for what then waits.
+  static constexpr bool kTwoPlaces = C.adds_keys == 0 && !C.has(kSoftcap);
+  static constexpr int kValuePieces = Shared::kValueSlabs;
+  static constexpr int kPieces = kValuePieces + Shared::kSlabs;
+  // Of dV, as many as have a place while dK is still running.
+  static constexpr int kEarlyPieces = kTwoPlaces ? 1 : kValuePieces;
+
+  // Pieces [kBegin, kEnd) of dV or dK, whose first is kFirst. Keys that have places of their own
+  // get their rows straight from registers, all at once.
+  template <int kFirst, int kBegin, int kEnd, int kCount>
+  __device__ __forceinline__ void store_grad(const BackwardItem& item, const float (&grad)[kCount],
+                                             float scale, const TensorMapBytes& map,
+                                             uint16_t* direct, int64_t row_stride, int depth) {
     const int first_key = item.key_tile * C.columns() + 64 * w;
     if (const int32_t* order = key_order(p, item)) {
-      store_rows<kHalf>(grad, scale, direct, row_stride, order, first_key, p.kv_len, depth, warp,
-                        lane);
+      if constexpr (kBegin == kFirst) {
+        store_rows<kHalf>(grad, scale, direct, row_stride, order, first_key, p.kv_len, depth, warp,
+                          lane);
+      }
       return;
     }
-    store_through<kHalf, kDepth>(shared.grads[kMathWarps * w + warp], map, grad, scale,
-                                 first_key + 16 * warp, item.kv_head, item.batch, lane);
+    const int at = kMathWarps * w + warp;
+#pragma unroll
+    for (int piece = kBegin; piece < kEnd; ++piece) {
+      uint8_t* place = shared.grads[at];
+      if (kTwoPlaces && piece % 2 != 0) {
+        shared.slopes_empty[slope_ring.slot].wait(slope_ring.parity ^ 1);
+        place = shared.slopes[slope_ring.slot] + 16 * at * kSlabRowBytes;
+      }
+      // Before the first, where the item before had no steps, its last may be in the same place.
+      constexpr int kPending = kTwoPlaces && kBegin > 0 ? 1 : 0;
+      store_piece<kHalf, kPending>(place, map, grad, piece - kFirst, scale, first_key + 16 * warp,
+                                   item.kv_head, item.batch, lane);
+    }
   }
 
   template <int kDepth>
@@ -207,8 +229,10 @@ struct BackwardMath {
                                32 * warp + lane);
   }
 
+  template <int kBegin, int kEnd>
   __device__ __forceinline__ void store_v_grad(const BackwardItem& item,
                                                const float (&v_grad)[C.value_depth / 2]) {
+    if constexpr (kBegin == kEnd) return;
     if constexpr (C.adds_keys != 0) {
       add_key_grads<C.value_depth>(sums_of<C.value_depth>(p.v_sums, item), v_grad);
       return;
@@ -216,8 +240,8 @@ struct BackwardMath {
     uint16_t* to = static_cast<uint16_t*>(p.v_grad) + item.batch * p.v_grad_batch_stride +
                    item.kv_head * p.v_grad_head_stride;
     const float scale = C.has(kDropout) ? p.scores.keep_scale : 1.0f;
-    store_grad<C.value_depth>(item, v_grad, scale, p.v_grad_map, to, p.v_grad_row_stride,
-                              p.value_depth);
+    store_grad<0, kBegin, kEnd>(item, v_grad, scale, p.v_grad_map, to, p.v_grad_row_stride,
+                                p.value_depth);
   }
 
   __device__ __forceinline__ void store_k_grad(const BackwardItem& item,
@@ -228,7 +252,16 @@ struct BackwardMath {
     }
     uint16_t* to = static_cast<uint16_t*>(p.k_grad) + item.batch * p.k_grad_batch_stride +
                    item.kv_head * p.k_grad_head_stride;
-    store_grad<C.depth>(item, k_grad, p.scale, p.k_grad_map, to, p.k_grad_row_stride, p.depth);
+    store_grad<kValuePieces, kValuePieces, kPieces>(item, k_grad, p.scale, p.k_grad_map, to,
+                                                    p.k_grad_row_stride, p.depth);
+  }
+
+  // What is left of dV, and dK.
+  __device__ __forceinline__ void store_rest(const BackwardItem& item,
+                                             const float (&v_grad)[C.value_depth / 2],
+                                             const float (&k_grad)[C.depth / 2]) {
+    store_v_grad<kEarlyPieces, kValuePieces>(item, v_grad);
+    store_k_grad(item, k_grad);
   }
 
   __device__ __forceinline__ void issue_scores(float (&piece)[kPieceValues]) {
@@ -273,6 +306,10 @@ struct BackwardMath {
     ptx::pin(piece);
     take_v_grad(v_grad, weights, o_place.slot);
     if constexpr (!kMore) shared.v_empty.arrive_warp(lane);
+    if constexpr (kTwoPlaces) {  // pieces of the item before have left from where dS goes
+      ptx::bulk_wait_read<0>();
+      __syncwarp();
+    }
     make_slopes(piece, weights, now, slopes);
     publish_slopes(slopes);
     if constexpr (kMore) shared.q_full[q_ring.slot].wait(q_ring.parity);
@@ -319,7 +356,7 @@ struct BackwardMath {
     options.end_head();
     shared.k_empty[k_ring.slot].arrive_warp(lane);
     k_ring.next();
-    store_v_grad(item, v_grad);
+    store_v_grad<0, kEarlyPieces>(item, v_grad);
     ptx::wgmma_wait<0>();
     ptx::pin(k_grad);
     options.end_step();
@@ -342,7 +379,7 @@ struct BackwardMath {
     return item;
   }
 
-  // The first S of an item, issued while dK of the item before is being stored. Issued under all
+  // The first S of an item, issued before dK of the item before is stored. Issued under all
   // circumstances (C7514): where there is no work, from whatever lies there.
   __device__ __forceinline__ void start(const BackwardItem& item, float (&piece)[kPieceValues]) {
     if (item.steps > 0) {
@@ -374,13 +411,13 @@ struct BackwardMath {
       if (item.steps > 0) {
         all_steps(item, piece, k_grad, v_grad);
       } else {
-        store_v_grad(item, v_grad);
+        store_v_grad<0, kEarlyPieces>(item, v_grad);
       }
       const BackwardItem next = take_item(items);
       // With one place for K the next one is still on its way.
-      if constexpr (C.k_stages == 1) store_k_grad(item, k_grad);
+      if constexpr (C.k_stages == 1) store_rest(item, v_grad, k_grad);
       start(next, piece);
-      if constexpr (C.k_stages > 1) store_k_grad(item, k_grad);
+      if constexpr (C.k_stages > 1) store_rest(item, v_grad, k_grad);
       item = next;
     }
     ptx::wgmma_wait<0>();

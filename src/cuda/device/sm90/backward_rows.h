@@ -204,9 +204,11 @@ struct RowPhase {
     const SplitTile tile = at.tile_of_phase();
     const int first_row = tile.tile * kRows.rows() + 64 * at.w + 16 * at.warp;
     if (first_row >= p.keys.q_len) return;
-    store_through<kHalf, C.keys().depth>(shared.grads[kMathWarps * at.w + at.warp], p.q_grad_map,
-                                         q_grad, p.keys.scale, first_row, tile.head, tile.batch,
-                                         lane());
+#pragma unroll
+    for (int slab = 0; slab < Shared::kSlabs; ++slab) {
+      store_piece<kHalf, 0>(shared.grads[kMathWarps * at.w + at.warp], p.q_grad_map, q_grad, slab,
+                            p.keys.scale, first_row, tile.head, tile.batch, lane());
+    }
   }
 };
 

@@ -3,6 +3,7 @@
 // parameter. Host and device.
 #pragma once
 
+#include "cuda/device/key_cuts.h"
 #include "cuda/device/ptx/element.h"
 #include "cuda/device/score_params.h"
 #include "plan/layout.h"
@@ -36,6 +37,7 @@ struct ForwardConfig {
   int32_t load_registers;
   int32_t features;  // score options: kSoftcap and so on
   int32_t gradient;  // 1: dQ is made; the map has a row tile for each warpgroup
+  int32_t cuts;      // 1: a row tile's key tiles may be with several blocks (forward_parts.h)
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether the bit-making warps have something for every tile, not only for partial ones.
@@ -61,7 +63,8 @@ struct ForwardConfig {
   // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers,
   // classes and the like, which need less than 640 bytes.
   constexpr int shared_bytes() const {
-    const int small = 640 + (has(kKeyBias) ? bit_slots * columns * 4 : 0);
+    const int small = 640 + (has(kKeyBias) ? bit_slots * columns * 4 : 0) +
+                      (cuts != 0 ? (kMostCutRowTiles + 1) * 4 + 64 : 0);
     return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
            bit_slots * word_sets() * warpgroups * word_groups() * 1024 +
            (small + 1023) / 1024 * 1024;
@@ -171,6 +174,13 @@ struct ForwardParams {
   RunRecipe recipe;
   rules::Program program;
   ScoreParams scores;
+
+  int32_t one_mask_row;  // 1: rows are heads, and the mask has one row for all of them
+
+  // What parts of row tiles leave: two places a block; null: nothing is cut.
+  float* parts;
+  int32_t part_floats;  // of a place
+  int32_t* arrived;     // [item][16 rows]: how many parts have; 0 at launch
 };
 
 }  // namespace anymask::cuda

@@ -4,6 +4,7 @@
 
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/tma.h"
+#include "cuda/device/sm90/forward_parts.h"
 #include "cuda/device/sm90/schedule.h"
 
 namespace anymask::cuda {
@@ -20,6 +21,7 @@ struct LoadWarp {
 
   Ring<kItemSlots> items;  // the slot of the next item to publish
   Item next;
+  PartList<C> parts{p, shared, lane};
   Ring<C.k_stages> k_ring;
   Ring<C.v_stages> v_ring;
   Item item;
@@ -123,10 +125,16 @@ struct LoadWarp {
   // Makes `next` the item at `index` and tells the other warps.
   __device__ __forceinline__ void publish(int index) {
     next = {0, 0, 0, -1};
-    if (index < p.items) next = item_at<C>(p, index);
+    RowPart part = {0, 0, 1, 0};
+    if (C.cuts != 0 && p.parts != nullptr) {
+      next = parts.next(part);
+    } else if (index < p.items) {
+      next = item_at<C>(p, index);
+    }
     shared.item_empty[items.slot].wait(items.parity ^ 1);
     if (lane == 0) {
       shared.items[items.slot] = next;
+      if constexpr (C.cuts != 0) shared.parts[items.slot] = part;
       if ((C.masks() == MaskPath::kRuns || C.masks() == MaskPath::kRecipe) && next.count > 0) {
         shared.arrays[items.slot] =
             recipe_arrays<C.masks()>(p, mask_place(p, next.batch, next.head));
@@ -139,12 +147,13 @@ struct LoadWarp {
   __device__ __forceinline__ void run() {
     // Before the first item comes one without tiles, which only publishes.
     next = {0, 0, 0, 0};
+    if (C.cuts != 0 && p.parts != nullptr) parts.begin();
     int claimed = static_cast<int>(blockIdx.x) - p.blocks;
     do {
       // Uniform, so that the copies' coordinates are: else each sits in a loop over the lanes, and
       // a stage that came free waits for it.
       item = {ptx::uniform(next.row_tile), ptx::uniform(next.batch), ptx::uniform(next.head),
-              ptx::uniform(next.count)};
+              ptx::uniform(next.count), C.cuts != 0 ? ptx::uniform(next.first_tile) : 0};
       kv_head = item.head / p.group_heads;
       load_item(claimed);
       claimed = 0;

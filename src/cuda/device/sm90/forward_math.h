@@ -4,7 +4,7 @@
 
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/wgmma.h"
-#include "cuda/device/sm90/forward_shared.h"
+#include "cuda/device/sm90/forward_parts.h"
 #include "cuda/device/sm90/forward_store.h"
 #include "cuda/device/sm90/pair_bias.h"
 #include "cuda/device/sm90/softmax.h"
@@ -377,6 +377,12 @@ struct MathWarp {
       const Item& slot = shared.items[items.slot];
       const Item item = {ptx::uniform(slot.row_tile), ptx::uniform(slot.batch),
                          ptx::uniform(slot.head), ptx::uniform(slot.count)};
+      RowPart part{};
+      if constexpr (C.cuts != 0) {
+        const RowPart& published = shared.parts[items.slot];
+        part = {ptx::uniform(published.row_tile), ptx::uniform(published.first_block),
+                ptx::uniform(published.parts), ptx::uniform(published.index)};
+      }
       shared.item_empty[items.slot].arrive_warp(lane);
       if (item.count < 0) break;
 
@@ -400,6 +406,12 @@ struct MathWarp {
       if (!started) {
 #pragma unroll
         for (int i = 0; i < C.value_depth / 2; ++i) out[i] = 0.0f;
+      }
+      if constexpr (C.cuts != 0) {
+        if (part.parts > 1) {
+          const PartJoin<C> join{p, part, kMathWarps * w + warp, lane};
+          if (first_row + 16 * warp >= p.q_len || !join.run(rows, out)) continue;
+        }
       }
       if (live) store_output<C>(p, item, first_row + 16 * warp + lane / 4, lane % 4, rows, out);
     }

@@ -19,7 +19,16 @@ struct Item {
   int32_t row_tile;
   int32_t batch;
   int32_t head;
-  int32_t count;  // visible key tiles
+  int32_t count;           // visible key tiles
+  int32_t first_tile = 0;  // among those that the row tile sees, where it is cut
+};
+
+// Which part of a row tile an item is, where row tiles are cut.
+struct RowPart {
+  int32_t row_tile;     // among all of the call
+  int32_t first_block;  // that has its first part; the others follow
+  int32_t parts;
+  int32_t index;
 };
 
 // Where a recipe's arrays begin for an item's mask place; null where there is none. Worked out once
@@ -69,6 +78,9 @@ struct ForwardShared {
   uint32_t partial[C.k_stages];  // bit 0: the tile in this stage needs its bits; above: its index
   Item items[kItemSlots];
   RecipeArrays arrays[kItemSlots];
+  // Where row tiles are cut: which part an item is, and where in the line row tiles begin.
+  RowPart parts[C.cuts != 0 ? kItemSlots : 1];
+  int32_t starts[C.cuts != 0 ? kMostCutRowTiles + 1 : 1];
 
   static_assert(sizeof(TileBits<C>) == plan::row_tile_words(C.tile()) * 4);
   static constexpr int kRowBytes = 64 * C.depth * 2;  // of one warpgroup's rows

@@ -302,6 +302,13 @@ __device__ __forceinline__ void make_tile_bits(const ForwardParams& p, Shared& s
       const rules::Place place = mask_place(p, item.batch, item.head);
       machine_words(p, place, rules::key_at(p.program, place, column), first_row, words);
     }
+    if constexpr (C.cuts != 0) {
+      if (p.one_mask_row != 0) {
+        const uint32_t all = 0u - (words[0] & 1u);
+#pragma unroll
+        for (uint32_t& word : words) word = all;
+      }
+    }
     if constexpr (!C.every_tile()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
 #pragma unroll
     for (int w = 0; w < C.warpgroups; ++w) {

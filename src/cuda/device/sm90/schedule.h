@@ -130,10 +130,12 @@ struct TileWalker {
                                         rules::Place place)
       : p(params),
         visible(p.map.visible + map_row(p, place, kRows * item.row_tile) * p.map.words),
-        rows(rules::min_of(kRows, p.map.outer_tiles - kRows * item.row_tile)) {}
+        rows(rules::min_of(kRows, p.map.outer_tiles - kRows * item.row_tile)) {
+    if constexpr (C.cuts != 0) skip(item.first_tile);
+  }
 
-  // Called item.count times.
-  __device__ __forceinline__ void next() {
+  // To the next word that has a visible tile, unless this one has.
+  __device__ __forceinline__ void find_word() {
     while (tiles == 0) {
       ++word;
       const uint32_t* const hidden = visible + (p.map.hidden - p.map.visible);
@@ -150,6 +152,25 @@ struct TileWalker {
       }
       partial |= tiles & ~all;
     }
+  }
+
+  // Past visible tiles, of which there are more.
+  __device__ __forceinline__ void skip(int count) {
+    while (count > 0) {
+      find_word();
+      const int here = __popc(tiles);
+      if (here <= count) {
+        tiles = 0;
+        count -= here;
+      } else {
+        for (; count > 0; --count) tiles &= tiles - 1;
+      }
+    }
+  }
+
+  // Called item.count times.
+  __device__ __forceinline__ void next() {
+    find_word();
     const int bit = __ffs(tiles) - 1;
     tiles &= tiles - 1;
     tile = word * 32 + bit;
