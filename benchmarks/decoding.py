@@ -110,8 +110,9 @@ def masked(case: Case, dtype: torch.dtype, options: argparse.Namespace) -> dict[
         return {"mask": mask}
     return {
         "plan": am.plan(
-            mask or am.full(), batch=case.batch, q_heads=case.heads, kv_heads=case.kv_heads,
-            q_len=case.rows, kv_len=case.keys, head_dim=options.dim, dtype=dtype, device="cuda",
+            am.full() if mask is None else mask, batch=case.batch, q_heads=case.heads,
+            kv_heads=case.kv_heads, q_len=case.rows, kv_len=case.keys, head_dim=options.dim,
+            dtype=dtype, device="cuda",
         )
     }  # fmt: skip
 
