@@ -22,9 +22,11 @@ struct LoadWarp {
   Ring<kItemSlots> items;  // the slot of the next item to publish
   Item next;
   PartList<C> parts{p, shared, lane};
+  RowPart next_part{};
   Ring<C.k_stages> k_ring;
   Ring<C.v_stages> v_ring;
   Item item;
+  int first_tile;  // of the row tile's, that the item begins with
   int kv_head;
   uint32_t q_parity = 0;  // a bit per warpgroup
   uint32_t q_wanted = 0;  // warpgroups whose Q of this item is still to be loaded
@@ -106,7 +108,7 @@ struct LoadWarp {
     }
     // K runs one tile ahead of V: its stage frees first, and it is wanted first.
     int tile = 0, tile_before = 0;
-    TileWalker<C> walker(p, item, mask_place(p, item.batch, item.head));
+    TileWalker<C> walker(p, item, mask_place(p, item.batch, item.head), first_tile);
     const int publish_at = tiles > 1 ? tiles - 2 : 0;
 #pragma unroll 1
     for (int i = 0; i <= tiles; ++i) {
@@ -125,16 +127,16 @@ struct LoadWarp {
   // Makes `next` the item at `index` and tells the other warps.
   __device__ __forceinline__ void publish(int index) {
     next = {0, 0, 0, -1};
-    RowPart part = {0, 0, 1, 0};
+    next_part = {0, 0, 1, 0, 0};
     if (C.cuts != 0 && p.parts != nullptr) {
-      next = parts.next(part);
+      next = parts.next(next_part);
     } else if (index < p.items) {
       next = item_at<C>(p, index);
     }
     shared.item_empty[items.slot].wait(items.parity ^ 1);
     if (lane == 0) {
       shared.items[items.slot] = next;
-      if constexpr (C.cuts != 0) shared.parts[items.slot] = part;
+      if constexpr (C.cuts != 0) shared.parts[items.slot] = next_part;
       if ((C.masks() == MaskPath::kRuns || C.masks() == MaskPath::kRecipe) && next.count > 0) {
         shared.arrays[items.slot] =
             recipe_arrays<C.masks()>(p, mask_place(p, next.batch, next.head));
@@ -153,7 +155,8 @@ struct LoadWarp {
       // Uniform, so that the copies' coordinates are: else each sits in a loop over the lanes, and
       // a stage that came free waits for it.
       item = {ptx::uniform(next.row_tile), ptx::uniform(next.batch), ptx::uniform(next.head),
-              ptx::uniform(next.count), C.cuts != 0 ? ptx::uniform(next.first_tile) : 0};
+              ptx::uniform(next.count)};
+      first_tile = C.cuts != 0 ? ptx::uniform(next_part.first_tile) : 0;
       kv_head = item.head / p.group_heads;
       load_item(claimed);
       claimed = 0;

@@ -81,7 +81,7 @@ struct PartList {
     Item none = {0, 0, 0, -1};
     if (row_tile >= p.items) return none;
     Item item = item_of(row_tile);
-    part = {row_tile, 0, 1, 0};
+    part = {row_tile, 0, 1, 0, 0};
     if (share == 0) {
       item.count = count_of(row_tile);
       row_tile = p.items;
@@ -91,10 +91,9 @@ struct PartList {
     const RowCuts row = cuts(row_tile, start, count);
     if (row.first_block > static_cast<int>(blockIdx.x)) return none;
     const int index = blockIdx.x - row.first_block;
-    part = {row_tile, row.first_block, row.parts, index};
-    item.first_tile = row.begin_of(index, start, share);
+    part = {row_tile, row.first_block, row.parts, index, row.begin_of(index, start, share)};
     const int end = index + 1 < row.parts ? row.begin_of(index + 1, start, share) : count;
-    item.count = end - item.first_tile;
+    item.count = end - part.first_tile;
     ++row_tile;
     return item;
   }

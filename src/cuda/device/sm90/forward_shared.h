@@ -19,8 +19,7 @@ struct Item {
   int32_t row_tile;
   int32_t batch;
   int32_t head;
-  int32_t count;           // visible key tiles
-  int32_t first_tile = 0;  // among those that the row tile sees, where it is cut
+  int32_t count;  // visible key tiles
 };
 
 // Which part of a row tile an item is, where row tiles are cut.
@@ -29,6 +28,7 @@ struct RowPart {
   int32_t first_block;  // that has its first part; the others follow
   int32_t parts;
   int32_t index;
+  int32_t first_tile;  // among those that the row tile sees
 };
 
 // Where a recipe's arrays begin for an item's mask place; null where there is none. Worked out once

@@ -347,7 +347,9 @@ __device__ __forceinline__ void make_bits(const ForwardParams& p, ForwardShared<
     }
     if constexpr (C.has(kDropout)) dropout = dropout_of(p.scores, item.batch, item.head);
 
-    TileWalker<C> walker(p, item, mask_place(p, item.batch, item.head));
+    int first_tile = 0;
+    if constexpr (C.cuts != 0) first_tile = shared.parts[items.slot].first_tile;
+    TileWalker<C> walker(p, item, mask_place(p, item.batch, item.head), first_tile);
 #pragma unroll 1
     for (int i = 0; i < item.count; ++i) {
       walker.next();

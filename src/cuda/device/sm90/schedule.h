@@ -125,13 +125,13 @@ struct TileWalker {
   int tile = 0;
   bool is_partial = false;
 
-  // place: of the item's head.
+  // place: of the item's head; first_tile: where it begins, if row tiles are cut.
   __device__ __forceinline__ TileWalker(const ForwardParams& params, const Item& item,
-                                        rules::Place place)
+                                        rules::Place place, int first_tile = 0)
       : p(params),
         visible(p.map.visible + map_row(p, place, kRows * item.row_tile) * p.map.words),
         rows(rules::min_of(kRows, p.map.outer_tiles - kRows * item.row_tile)) {
-    if constexpr (C.cuts != 0) skip(item.first_tile);
+    if constexpr (C.cuts != 0) skip(first_tile);
   }
 
   // To the next word that has a visible tile, unless this one has.
