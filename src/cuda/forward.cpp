@@ -160,9 +160,9 @@ bool packs(const ForwardCall& call, const Problem& problem, const ForwardConfig&
            const RunRecipe& recipe) {
   return config.cuts != 0 && problem.q_len == 1 && problem.q_heads > problem.kv_heads &&
          problem.q_heads / problem.kv_heads <= config.rows() &&
-         problem.kv_heads % call.program->heads == 0 && (config.features & ~kAnyCap) == 0 &&
-         call.scores->sink.data == nullptr && recipe.usable != 0 && recipe.bits < 0 &&
-         recipe.ids < 0 && !config.baked();
+         problem.kv_heads % call.program->heads == 0 &&
+         (config.features & ~(kSoftcap | kBounded)) == 0 && call.scores->sink.data == nullptr &&
+         recipe.usable != 0 && recipe.bits < 0 && recipe.ids < 0 && !config.baked();
 }
 
 // ---- few rows -----------------------------------------------------------------------------------

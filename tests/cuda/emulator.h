@@ -5,6 +5,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <cstring>
@@ -166,6 +167,23 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   const size_t lane = threadIdx.x % 32;
   return EmulatedBlock::current().exchange(
       value, [&](auto lane_value) { return lane_value(lane ^ static_cast<size_t>(mask)); });
+}
+
+// A lane that has no lane so far below it gets its own value.
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int distance) {
+  const size_t lane = threadIdx.x % 32, below = static_cast<size_t>(distance);
+  return EmulatedBlock::current().exchange(
+      value, [&](auto lane_value) { return lane_value(lane >= below ? lane - below : lane); });
+}
+
+template <typename T>
+T __reduce_max_sync(unsigned, T value) {
+  return EmulatedBlock::current().exchange(value, [](auto lane_value) {
+    T largest = lane_value(0);
+    for (size_t lane = 1; lane < 32; ++lane) largest = std::max(largest, lane_value(lane));
+    return largest;
+  });
 }
 
 template <typename T>

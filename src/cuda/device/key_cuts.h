@@ -1,7 +1,7 @@
 // How the key tiles of few row tiles are shared out among more blocks: row tiles lie in a line,
 // each as long as the key tiles that it sees and a bit, and the line is cut every so many units.
-// Block b has what lies between cut b and cut b + 1: parts of row tiles, which are joined again
-// (sm90/forward_parts.h). Host and device.
+// Block b has what lies between cut b and cut b + 1: parts of row tiles (PartList in
+// sm90/schedule.h), which are joined again (sm90/forward_parts.h). Host and device.
 #pragma once
 
 #include "rules/common.h"

@@ -15,7 +15,6 @@ inline constexpr int32_t kDropout = 8;
 // Beside kSoftcap: scores stay so near 0 that exp2 needs no maximum to be measured from. Set by the
 // forward pass alone, see bounded_by_cap.
 inline constexpr int32_t kBounded = 16;
-inline constexpr int32_t kAnyCap = kSoftcap | kBounded;
 // Beside kBias: its rows are of 16-bit numbers and whole 16 bytes. The forward pass reads them so
 // (pair_bias.h); of the backward pass the copy engine brings them and takes their gradients
 // (backward_bias_tiles.h), which asks for a little more.

@@ -37,7 +37,7 @@ struct ForwardConfig {
   int32_t load_registers;
   int32_t features;  // score options: kSoftcap and so on
   int32_t gradient;  // 1: dQ is made; the map has a row tile for each warpgroup
-  int32_t cuts;      // 1: a row tile's key tiles may be with several blocks (forward_parts.h)
+  int32_t cuts;      // 1: a row tile's key tiles may be with several blocks (key_cuts.h)
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether the bit-making warps have something for every tile, not only for partial ones.

@@ -4,7 +4,6 @@
 
 #include "cuda/device/ptx/registers.h"
 #include "cuda/device/ptx/tma.h"
-#include "cuda/device/sm90/forward_parts.h"
 #include "cuda/device/sm90/schedule.h"
 
 namespace anymask::cuda {
@@ -21,7 +20,7 @@ struct LoadWarp {
 
   Ring<kItemSlots> items;  // the slot of the next item to publish
   Item next;
-  PartList<C> parts{p, shared, lane};
+  PartList<C> parts{p, shared.starts, lane};
   RowPart next_part{};
   Ring<C.k_stages> k_ring;
   Ring<C.v_stages> v_ring;

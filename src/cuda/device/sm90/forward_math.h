@@ -381,7 +381,7 @@ struct MathWarp {
       if constexpr (C.cuts != 0) {
         const RowPart& published = shared.parts[items.slot];
         part = {ptx::uniform(published.row_tile), ptx::uniform(published.first_block),
-                ptx::uniform(published.parts), ptx::uniform(published.index), 0};
+                ptx::uniform(published.parts), ptx::uniform(published.index), published.first_tile};
       }
       shared.item_empty[items.slot].arrive_warp(lane);
       if (item.count < 0) break;

@@ -1,105 +1,12 @@
-// Calls of few row tiles: a row tile's key tiles may be with several blocks (key_cuts.h). Each
-// leaves what it has made of its part in the workspace, and whoever comes last joins the parts.
+// Where a row tile's key tiles are with several blocks (PartList in schedule.h): a math warp leaves
+// what it has made of its part in the workspace, and whoever comes last joins the parts.
 #pragma once
 
 #include "cuda/device/ptx/bulk.h"
-#include "cuda/device/sm90/schedule.h"
+#include "cuda/device/sm90/forward_shared.h"
 #include "cuda/device/sm90/softmax.h"
 
 namespace anymask::cuda {
-
-// ---- who has which part: the loading warp -------------------------------------------------------
-
-template <ForwardConfig C>
-struct PartList {
-  const ForwardParams& p;
-  ForwardShared<C>& shared;
-  const int lane;
-
-  int share = 0;
-  int row_tile = 0;  // of p.items: the next one that may have a part here
-
-  // A lane's row tile: key tiles that it sees.
-  __device__ __forceinline__ int count_of(int index) const {
-    const Item item = item_of(index);
-    return p.map.count[map_row(p, mask_place(p, item.batch, item.head), item.row_tile)];
-  }
-
-  __device__ __forceinline__ Item item_of(int index) const {
-    const int pair = index / p.map.outer_tiles;
-    const int batch = pair / p.q_heads;
-    return {index - pair * p.map.outer_tiles, batch, pair - batch * p.q_heads, 0};
-  }
-
-  __device__ __forceinline__ RowCuts cuts(int index, int& start, int& count) const {
-    start = shared.starts[index];
-    count = shared.starts[index + 1] - start - kPartOverhead;
-    return cuts_of(start, count, share, p.blocks);
-  }
-
-  // By a converged warp, like next().
-  __device__ __forceinline__ void begin() {
-    constexpr unsigned kAll = 0xffffffffu;
-    int units = 0, longest = 0;
-#pragma unroll 1
-    for (int base = 0; base < p.items; base += 32) {
-      const int index = base + lane;
-      const int length = index < p.items ? count_of(index) + kPartOverhead : 0;
-      int end = length;  // of this row tile, from the first of the 32 on
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int before = __shfl_up_sync(kAll, end, step);
-        if (lane >= step) end += before;
-      }
-      if (index < p.items) shared.starts[index] = units + end - length;
-      units += __shfl_sync(kAll, end, 31);
-      longest = rules::max_of(longest, __reduce_max_sync(kAll, length));
-    }
-    if (lane == 0) shared.starts[p.items] = units;
-    __syncwarp();
-    share = share_of(units, longest, p.items, p.blocks);
-    const int block = blockIdx.x;
-    if (share == 0) {
-      row_tile = block;
-      return;
-    }
-#pragma unroll 1
-    for (int base = 0; base < p.items; base += 32) {  // those whose last part is with one before
-      const int index = base + lane;
-      bool before = false;
-      if (index < p.items) {
-        int start, count;
-        const RowCuts row = cuts(index, start, count);
-        before = row.first_block + row.parts - 1 < block;
-      }
-      row_tile += __popc(__ballot_sync(kAll, before));
-    }
-  }
-
-  // The block's next part; item.count < 0: there is none.
-  __device__ __forceinline__ Item next(RowPart& part) {
-    Item none = {0, 0, 0, -1};
-    if (row_tile >= p.items) return none;
-    Item item = item_of(row_tile);
-    part = {row_tile, 0, 1, 0, 0};
-    if (share == 0) {
-      item.count = count_of(row_tile);
-      row_tile = p.items;
-      return item;
-    }
-    int start, count;
-    const RowCuts row = cuts(row_tile, start, count);
-    if (row.first_block > static_cast<int>(blockIdx.x)) return none;
-    const int index = blockIdx.x - row.first_block;
-    part = {row_tile, row.first_block, row.parts, index, row.begin_of(index, start, share)};
-    const int end = index + 1 < row.parts ? row.begin_of(index + 1, start, share) : count;
-    item.count = end - part.first_tile;
-    ++row_tile;
-    return item;
-  }
-};
-
-// ---- joining them: a math warp ------------------------------------------------------------------
 
 // A warp's 16 rows: their state and their output so far, which a lane has 16 bytes at a time.
 template <ForwardConfig C>

@@ -109,6 +109,97 @@ __device__ __forceinline__ Item item_at(const ForwardParams& p, int index) {
   return item;
 }
 
+// Calls of few row tiles: what a block has of the line in which key_cuts.h lays them. Of the
+// loading warp, which calls all of it converged.
+template <ForwardConfig C>
+struct PartList {
+  const ForwardParams& p;
+  int32_t* const starts;  // [p.items + 1], in shared memory: where in the line row tiles begin
+  const int lane;
+
+  int share = 0;
+  int row_tile = 0;  // of p.items: the next one that may have a part here
+
+  __device__ __forceinline__ Item item_of(int index) const {
+    const int pair = index / p.map.outer_tiles;
+    const int batch = pair / p.q_heads;
+    return {index - pair * p.map.outer_tiles, batch, pair - batch * p.q_heads, 0};
+  }
+
+  // Key tiles that a row tile sees.
+  __device__ __forceinline__ int count_of(int index) const {
+    return starts[index + 1] - starts[index] - kPartOverhead;
+  }
+
+  __device__ __forceinline__ RowCuts cuts(int index) const {
+    return cuts_of(starts[index], count_of(index), share, p.blocks);
+  }
+
+  __device__ __forceinline__ void begin() {
+    constexpr unsigned kAll = 0xffffffffu;
+    int units = 0, longest = 0;
+#pragma unroll 1
+    for (int base = 0; base < p.items; base += 32) {
+      const int index = base + lane;
+      int length = 0;
+      if (index < p.items) {
+        const Item item = item_of(index);
+        const rules::Place place = mask_place(p, item.batch, item.head);
+        length = p.map.count[map_row(p, place, item.row_tile)] + kPartOverhead;
+      }
+      int end = length;  // of this row tile, from the first of the 32 on
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int before = __shfl_up_sync(kAll, end, step);
+        if (lane >= step) end += before;
+      }
+      if (index < p.items) starts[index] = units + end - length;
+      units += __shfl_sync(kAll, end, 31);
+      longest = rules::max_of(longest, __reduce_max_sync(kAll, length));
+    }
+    if (lane == 0) starts[p.items] = units;
+    __syncwarp();
+    share = share_of(units, longest, p.items, p.blocks);
+    const int block = blockIdx.x;
+    if (share == 0) {
+      row_tile = block;
+      return;
+    }
+#pragma unroll 1
+    for (int base = 0; base < p.items; base += 32) {  // those whose last part is with one before
+      const int index = base + lane;
+      bool before = false;
+      if (index < p.items) {
+        const RowCuts row = cuts(index);
+        before = row.first_block + row.parts - 1 < block;
+      }
+      row_tile += __popc(__ballot_sync(kAll, before));
+    }
+  }
+
+  // The block's next part; item.count < 0: there is none.
+  __device__ __forceinline__ Item next(RowPart& part) {
+    const Item none = {0, 0, 0, -1};
+    if (row_tile >= p.items) return none;
+    Item item = item_of(row_tile);
+    item.count = count_of(row_tile);
+    part = {row_tile, 0, 1, 0, 0};
+    if (share == 0) {
+      row_tile = p.items;
+      return item;
+    }
+    const int block = blockIdx.x, start = starts[row_tile];
+    const RowCuts row = cuts(row_tile);
+    if (row.first_block > block) return none;
+    const int index = block - row.first_block;
+    part = {row_tile, row.first_block, row.parts, index, row.begin_of(index, start, share)};
+    if (index + 1 < row.parts) item.count = row.begin_of(index + 1, start, share);
+    item.count -= part.first_tile;
+    ++row_tile;
+    return item;
+  }
+};
+
 // The visible tiles of an item in ascending order, walked by a converged warp: all lanes read the
 // same word, and 32 words share a cache line. Where an item has several row tiles of the map, a
 // tile is partial also if only some of them see it.
