@@ -1,4 +1,4 @@
-"""A few new queries against a cache of keys, as in decoding, beside torch.
+"""A few new queries against a cache of keys, as in decoding, beside torch; and short whole rows.
 
     python benchmarks/decoding.py [--device cuda] [--json FILE]
 
@@ -56,6 +56,7 @@ CASES = {
         Case(1, 32, 8, 8192, batch=16),
         Case(16, 32, 8, 32768),
         Case(512, 8, 8, 8192),
+        *(Case(rows, heads, heads, rows) for rows, heads in ((2048, 4), (4096, 4), (8192, 2))),
     ),
 }
 
