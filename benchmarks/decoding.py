@@ -53,7 +53,10 @@ CASES = {
         Case(1, 32, 8, 4096),
         Case(1, 32, 8, 32768),
         Case(1, 32, 32, 8192),
+        Case(1, 4, 1, 32768),
         Case(1, 32, 8, 8192, batch=16),
+        Case(1, 32, 8, 4096, batch=20),
+        Case(1, 32, 8, 4096, batch=128),
         Case(16, 32, 8, 32768),
         Case(512, 8, 8, 8192),
         *(Case(rows, heads, heads, rows) for rows, heads in ((2048, 4), (4096, 4), (8192, 2))),
@@ -145,6 +148,7 @@ def can(call: Callable) -> bool:
 def graphed(call: Callable) -> Callable:
     """CALLS of them in a CUDA graph."""
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         call()
         with torch.cuda.graph(graph, stream=stream):

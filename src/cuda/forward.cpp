@@ -28,11 +28,13 @@ constexpr int padded(int64_t depth) {
 }
 
 constexpr int kSharedBytes = 227 * 1024;  // of a block
+constexpr int kHalvesRows = 16;           // up to which a call is for ForwardConfig::halves
 
 // What a plan knows of a call, and all that decides a variant's tile.
 struct Shape {
   int depth, value_depth;  // padded
   bool few_rows;
+  bool halves = false;  // the same tile for a single strip of 16 rows
 };
 
 Shape shape_of(const Problem& problem) {
@@ -45,7 +47,7 @@ Shape shape_of(const Problem& problem) {
 // rows are for two as well: more of the multiprocessors then have some.
 constexpr ForwardConfig variant(Shape shape, bool half = false, MaskPath masks = MaskPath::kRuns,
                                 int32_t features = 0) {
-  const auto [depth, value_depth, few_rows] = shape;
+  const auto [depth, value_depth, few_rows, halves] = shape;
   const bool narrow = value_depth <= 128 && depth <= 192;
   ForwardConfig c{};
   c.half = half;
@@ -77,6 +79,11 @@ constexpr ForwardConfig variant(Shape shape, bool half = false, MaskPath masks =
     c.math_registers = 232;
     c.load_registers = 40;
     c.cuts = narrow;
+    c.halves = narrow && halves;
+    if (c.halves != 0) {
+      c.math_registers = 224;  // with half of the scores they need no more
+      c.load_registers = 56;
+    }
   }
   // What score options need of shared memory comes off the slots of bits, then off V.
   c.features = features;
@@ -100,8 +107,8 @@ constexpr bool fits(Shape shape) {
 constexpr bool variants_fit() {
   for (const int depth : kDepths) {
     for (const int value_depth : kDepths) {
-      for (const bool few_rows : {false, true}) {
-        if (!fits({depth, value_depth, few_rows})) return false;
+      for (const Shape& kind : {Shape{0, 0, false}, Shape{0, 0, true}, Shape{0, 0, true, true}}) {
+        if (!fits({depth, value_depth, kind.few_rows, kind.halves})) return false;
       }
     }
   }
@@ -115,13 +122,14 @@ KernelConfig kernel_config(const ForwardConfig& c) {
   config.values = {c.half,           c.depth,    c.value_depth, c.warpgroups,
                    c.columns,        c.k_stages, c.v_stages,    c.bit_slots,
                    c.overlap,        c.pieces,   c.mask_path,   c.math_registers,
-                   c.load_registers, c.features, c.gradient,    c.cuts};
-  config.count = 16;
+                   c.load_registers, c.features, c.gradient,    c.cuts,
+                   c.halves};
+  config.count = 17;
   config.threads = c.threads();
   config.shared_bytes = c.shared_bytes();
   return config;
 }
-static_assert(sizeof(ForwardConfig) == 16 * sizeof(int32_t));
+static_assert(sizeof(ForwardConfig) == 17 * sizeof(int32_t));
 
 // ---- parameters ---------------------------------------------------------------------------------
 
@@ -192,17 +200,19 @@ struct Workspace {
     if (c.cuts == 0 || problem.kv_len <= few_keys) return;
     const bool shows_all = program.count == 1 && program.nodes[0].op == rules::Op::kConstant &&
                            program.nodes[0].flag != 0;
-    if (shows_all && 4 * items > 3 * kMultiprocessors) return;
+    if (shows_all && 4 * items > 3 * kMultiprocessors && items <= kMultiprocessors) return;
     const int64_t rows = problem.q_len == 1 ? packed(problem).q_len : problem.q_len;
     const int64_t strips = (std::min<int64_t>(rows, c.rows()) + 15) / 16;
-    arrived_bytes = kMostCutRowTiles * (c.rows() / 16) * 4;
+    arrived_bytes = std::max(kMostCutRowTiles * (c.rows() / 16), kMostCutStrips) * 4;
     parts = (arrived + arrived_bytes + 255) / 256 * 256;
     part_floats = strips * 32 * (c.value_depth / 2 + 4);
     bytes = parts + 2 * kMultiprocessors * part_floats * 4;
   }
 
   // Whether the row tiles of a call are cut that has so many.
-  bool cuts(int64_t items) const { return part_floats > 0 && items <= kMostCutRowTiles; }
+  bool cuts(const ForwardConfig& config, int64_t items) const {
+    return part_floats > 0 && items <= config.most_cut();
+  }
 };
 
 }  // namespace
@@ -211,8 +221,11 @@ struct Workspace {
 // longest, which is done sooner than one of 192 rows: 8 heads of 2048 rows ran at 454 instead of
 // 399 TFLOP/s, causal at 235 instead of 215. Beyond, a full mask's blocks would wait for second
 // items: two of 128 rows take 1.75 times as long as one of 192.
+//
+// A single strip of rows is for them whatever the number of items: 64 x 8 kv heads of one row.
 bool has_few_rows(const Problem& problem) {
-  return items_of(problem.q_len == 1 ? packed(problem) : problem) <= kMostCutRowTiles;
+  return problem.q_len <= kHalvesRows ||
+         items_of(problem.q_len == 1 ? packed(problem) : problem) <= kMostCutRowTiles;
 }
 static_assert(kMostCutRowTiles == kMultiprocessors);
 
@@ -240,13 +253,16 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   const int32_t features = features_of(*call.scores) |
                            (bounded_by_cap(*call.scores, half) ? kBounded : 0) |
                            (params.scores.bias_at_once == 8 ? kBiasTiles : 0);
-  const ForwardConfig config =
-      variant(shape_of(problem), half, mask_path(params.recipe, call.rows), features);
+  Shape shape = shape_of(problem);
+  const MaskPath masks = mask_path(params.recipe, call.rows);
+  const bool packed_heads =
+      packs(call, problem, variant(shape, half, masks, features), params.recipe);
+  const Problem rows = packed_heads ? packed(problem) : problem;
+  shape.halves = rows.q_len <= kHalvesRows;
+  const ForwardConfig config = variant(shape, half, masks, features);
   const DeviceScope scope(ordinal);
   const Kernel& compiled = kernel(kernel_config(config), ordinal);
 
-  const bool packed_heads = packs(call, problem, config, params.recipe);
-  const Problem rows = packed_heads ? packed(problem) : problem;
   const Tensor q = packed_heads ? packed(call.q, problem.kv_heads) : call.q;
   const Tensor out = packed_heads ? packed(call.out, problem.kv_heads) : call.out;
   params.one_mask_row = packed_heads ? 1 : 0;
@@ -281,7 +297,7 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
   const Workspace layout(problem, *call.program);
   char* const workspace = static_cast<char*>(call.workspace);
   int blocks = std::min(gpu(ordinal).multiprocessors, params.items);
-  if (layout.cuts(items)) {
+  if (layout.cuts(config, items)) {
     blocks = std::min<int>(gpu(ordinal).multiprocessors, kMultiprocessors);
     params.arrived = reinterpret_cast<int32_t*>(workspace + layout.arrived);
     params.parts = reinterpret_cast<float*>(workspace + layout.parts);
@@ -296,9 +312,12 @@ void forward(const ForwardCall& call, int ordinal, CuStream stream) {
 }
 
 std::vector<KernelConfig> forward_kernels() {
-  constexpr Shape kShipped[] = {{64, 64, false},   {64, 64, true},    {128, 128, false},
-                                {128, 128, true},  {192, 128, false}, {192, 128, true},
-                                {192, 192, false}, {256, 256, false}};
+  constexpr Shape kShipped[] = {
+      {64, 64, false},   {64, 64, true},          {64, 64, true, true},  //
+      {128, 128, false}, {128, 128, true},        {128, 128, true, true},
+      {192, 128, false}, {192, 128, true},        {192, 128, true, true},
+      {192, 192, false}, {256, 256, false},
+  };
   std::vector<KernelConfig> all;
   for (const Shape& shape : kShipped) {
     for (const bool half : {false, true}) {

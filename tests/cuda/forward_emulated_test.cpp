@@ -24,12 +24,13 @@ inline uint64_t __cvta_generic_to_shared(const void*) { return 0; }
 namespace anymask::cuda {
 namespace {
 
-constexpr ForwardConfig config() {
+constexpr ForwardConfig config(int halves) {
   ForwardConfig c{};
   c.depth = c.value_depth = 64;
   c.warpgroups = 2;
   c.columns = 128;
   c.cuts = 1;
+  c.halves = halves;
   return c;
 }
 
@@ -64,13 +65,14 @@ struct RandomMap {
   }
 };
 
-TEST(ForwardEmulated, BlocksWalkEveryVisibleTileOnce) {
-  std::mt19937 random(1);
+template <int kHalves>
+void walk(std::mt19937& random) {
+  constexpr ForwardConfig kConfig = config(kHalves);
   int cut = 0;
-  for (int trial = 0; trial < 60; ++trial) {
-    const int batch = 1 + static_cast<int>(random() % 2),
-              heads = 1 + static_cast<int>(random() % 4);
-    const int outer = 1 + static_cast<int>(random() % 16);
+  for (int trial = 0; trial < (kHalves != 0 ? 20 : 60); ++trial) {
+    const int batch = 1 + static_cast<int>(random() % (kHalves != 0 ? 50 : 2)),
+              heads = 1 + static_cast<int>(random() % (kHalves != 0 ? 10 : 4));
+    const int outer = kHalves != 0 ? 1 : 1 + static_cast<int>(random() % 16);
     const int inner = 1 + static_cast<int>(random() % 200);
     RandomMap made(random, batch * heads * outer, inner);
     ForwardParams p{};
@@ -78,8 +80,9 @@ TEST(ForwardEmulated, BlocksWalkEveryVisibleTileOnce) {
     p.program.batches = batch;
     p.program.heads = p.q_heads = heads;
     p.items = batch * heads * outer;
-    ASSERT_LE(p.items, kMostCutRowTiles);
-    p.blocks = std::max(p.items, 1 + static_cast<int>(random() % 132));
+    ASSERT_LE(p.items, kConfig.most_cut());
+    p.blocks = 1 + static_cast<int>(random() % 132);
+    if (kHalves == 0) p.blocks = std::max(p.items, p.blocks);
 
     using Place = std::tuple<int, int, int, int>;  // batch, head, row tile, key tile
     std::vector<Place> walked;
@@ -87,7 +90,7 @@ TEST(ForwardEmulated, BlocksWalkEveryVisibleTileOnce) {
     std::vector<int32_t> starts(static_cast<size_t>(p.items + 1));
     emulate(p.blocks, 32, [&] {
       const int lane = static_cast<int>(threadIdx.x);
-      PartList<config()> list{p, starts.data(), lane};
+      PartList<kConfig> list{p, starts.data(), lane};
       list.begin();
       for (;;) {
         RowPart part{};
@@ -101,7 +104,7 @@ TEST(ForwardEmulated, BlocksWalkEveryVisibleTileOnce) {
         EXPECT_LT(part.index, part.parts);
         ++parts[static_cast<size_t>(part.row_tile)];
         const rules::Place place = mask_place(p, item.batch, item.head);
-        TileWalker<config()> walker(p, item, place, part.first_tile);
+        TileWalker<kConfig> walker(p, item, place, part.first_tile);
         for (int i = 0; i < item.count; ++i) {
           walker.next();
           walked.emplace_back(item.batch, item.head, item.row_tile, walker.tile);
@@ -121,6 +124,16 @@ TEST(ForwardEmulated, BlocksWalkEveryVisibleTileOnce) {
     EXPECT_EQ(walked, visible);
   }
   EXPECT_GT(cut, 100);
+}
+
+TEST(ForwardEmulated, BlocksWalkEveryVisibleTileOnce) {
+  std::mt19937 random(1);
+  walk<0>(random);
+}
+
+TEST(ForwardEmulated, OfSingleStripsToo) {
+  std::mt19937 random(2);
+  walk<1>(random);
 }
 
 }  // namespace

@@ -41,7 +41,9 @@ TEST(Forward, FewRowsLeaveEveryBlockOneItem) {
   EXPECT_TRUE(has_few_rows(problem(1, 132, 128)));
   EXPECT_FALSE(has_few_rows(problem(1, 132, 129)));
   EXPECT_FALSE(has_few_rows(problem(1, 133, 128)));
-  EXPECT_FALSE(has_few_rows(problem(133, 1, 1)));
+  EXPECT_TRUE(has_few_rows(problem(133, 1, 1))) << "a single strip, however many";
+  EXPECT_TRUE(has_few_rows(problem(133, 1, 16)));
+  EXPECT_FALSE(has_few_rows(problem(133, 1, 17)));
   EXPECT_FALSE(has_few_rows(problem(1, 12, 2048))) << "132 items of 192 rows, 192 of 128";
 }
 
@@ -88,17 +90,18 @@ TEST(Forward, ShippedVariantsHaveTheTilesOfPlans) {
   };
   for (const auto& [depth, value_depth] : {std::pair{64, 64}, {128, 128}, {192, 128}}) {
     const int each = depth == 192 ? 8 : 20;
-    EXPECT_EQ(count(depth, value_depth, tile(problem(1, 8, 2048, depth, value_depth))), each);
+    const Tile few = tile(problem(1, 8, 2048, depth, value_depth));
+    EXPECT_EQ(count(depth, value_depth, few), 2 * each) << "a single strip has it too";
     EXPECT_EQ(count(depth, value_depth, tile(problem(1, 64, 2048, depth, value_depth))), each);
   }
   for (const int depth : {192, 256}) {
     EXPECT_EQ(count(depth, depth, tile(problem(1, 8, 2048, depth, depth))), depth == 192 ? 8 : 20);
   }
-  EXPECT_EQ(all.size(), 2 * (20 + 20 + 8) + 8 + 20);
+  EXPECT_EQ(all.size(), 3 * (20 + 20 + 8) + 8 + 20);
 }
 
 TEST(Forward, APlanForAnotherTileHasAnotherSize) {
-  for (const int64_t q_len : {1, 100, 128}) {
+  for (const int64_t q_len : {17, 100, 128}) {
     EXPECT_NE(plan_bytes(causal(), problem(1, 132, q_len)),
               plan_bytes(causal(), problem(1, 133, q_len)));
     EXPECT_EQ(plan_bytes(causal(), problem(1, 132, q_len)),
@@ -163,7 +166,7 @@ TEST(Forward, KeyTilesOfFewRowsAreSharedOut) {
     return static_cast<int>(random() % static_cast<unsigned>(end));
   };
   for (int i = 0; i < 3000; ++i) {
-    std::vector<int> counts(static_cast<size_t>(1 + below(kMostCutRowTiles)));
+    std::vector<int> counts(static_cast<size_t>(1 + below(kMostCutStrips)));
     const int most = 1 << below(10);
     for (int& count : counts) count = below(3) == 0 ? 0 : below(most + 1);
     expect_all_shared(counts, 1 + below(132));

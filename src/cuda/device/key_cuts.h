@@ -8,7 +8,11 @@
 
 namespace anymask::cuda {
 
+// Row tiles that a call may have which is cut: one for each multiprocessor. Single strips of rows
+// (ForwardConfig::halves) may be more, since left whole they come one after the other: 160 of 4096
+// keys took as long as 264.
 inline constexpr int kMostCutRowTiles = 132;
+inline constexpr int kMostCutStrips = 4 * kMostCutRowTiles;
 
 // In key tiles: what a part costs that has none, and the least that is worth a part. Cuts that are
 // nearer to an end of a row tile than that move there.

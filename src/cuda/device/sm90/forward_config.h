@@ -38,6 +38,7 @@ struct ForwardConfig {
   int32_t features;  // score options: kSoftcap and so on
   int32_t gradient;  // 1: dQ is made; the map has a row tile for each warpgroup
   int32_t cuts;      // 1: a row tile's key tiles may be with several blocks (key_cuts.h)
+  int32_t halves;    // 1: up to 16 query rows, of which each warpgroup has half of a tile's keys
 
   constexpr bool has(int32_t feature) const { return (features & feature) != 0; }
   // Whether the bit-making warps have something for every tile, not only for partial ones.
@@ -47,6 +48,14 @@ struct ForwardConfig {
   // Whether those warps wait for a slot and announce it once a tile, or once every 32 columns.
   constexpr bool whole_slots() const { return every_tile() || baked(); }
   constexpr int rows() const { return 64 * warpgroups; }
+  // Of 64 rows, that Q is loaded and bits are read for.
+  constexpr int strips() const { return halves != 0 ? 1 : warpgroups; }
+  // Row tiles of a call whose key tiles may be with several blocks.
+  constexpr int most_cut() const { return halves != 0 ? kMostCutStrips : kMostCutRowTiles; }
+  // Strips of 16 rows of a row tile, each of which is joined by itself.
+  constexpr int joined_strips() const { return halves != 0 ? 1 : rows() / 16; }
+  // Keys of a tile that one warpgroup has.
+  constexpr int own_columns() const { return halves != 0 ? columns / warpgroups : columns; }
   // Row tiles of the map that an item has.
   constexpr int map_rows() const { return gradient != 0 ? warpgroups : 1; }
   constexpr plan::TileShape tile() const { return {rows(), columns}; }
@@ -60,12 +69,13 @@ struct ForwardConfig {
   constexpr int word_groups() const { return plan::groups_of(tile()); }
   // Sets of words in a slot of the ring of bits: the mask's, and of the pairs that dropout keeps.
   constexpr int word_sets() const { return has(kDropout) ? 2 : 1; }
-  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, and barriers,
-  // classes and the like, which need less than 640 bytes.
+  // Q, the rings of K and V, the ring of bits; then in whole KiB key biases, what a warp hands to
+  // another, and barriers, classes and the like, which need less than 640 bytes.
   constexpr int shared_bytes() const {
     const int small = 640 + (has(kKeyBias) ? bit_slots * columns * 4 : 0) +
-                      (cuts != 0 ? (kMostCutRowTiles + 1) * 4 + 64 : 0);
-    return rows() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
+                      (cuts != 0 ? (most_cut() + 1) * 4 + 160 : 0) +
+                      (halves != 0 ? 32 * (value_depth / 2 + 4) * 4 : 0);
+    return 64 * strips() * depth * 2 + columns * (k_stages * depth + v_stages * value_depth) * 2 +
            bit_slots * word_sets() * warpgroups * word_groups() * 1024 +
            (small + 1023) / 1024 * 1024;
   }

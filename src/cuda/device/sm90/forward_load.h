@@ -27,8 +27,8 @@ struct LoadWarp {
   Item item;
   int first_tile;  // of the row tile's, that the item begins with
   int kv_head;
-  uint32_t q_parity = 0;  // a bit per warpgroup
-  uint32_t q_wanted = 0;  // warpgroups whose Q of this item is still to be loaded
+  uint32_t q_parity = 0;  // a bit per strip
+  uint32_t q_wanted = 0;  // strips whose Q of this item is still to be loaded
 
   // A warpgroup's 64 rows of Q.
   __device__ __forceinline__ void load_rows(int w) {
@@ -44,7 +44,7 @@ struct LoadWarp {
   // at different times: so Q is loaded whenever one frees it, while this warp waits for others.
   __device__ __forceinline__ void load_freed_q() {
 #pragma unroll 1
-    for (int w = 0; w < C.warpgroups; ++w) {
+    for (int w = 0; w < C.strips(); ++w) {
       if (((q_wanted >> w) & 1) == 0) continue;
       if (!shared.q_empty[w].test(((q_parity >> w) & 1) ^ 1)) continue;
       q_wanted ^= 1u << w;
@@ -101,7 +101,7 @@ struct LoadWarp {
     const int tiles = item.count;
     if (tiles > 0) {
 #pragma unroll
-      for (int w = 0; w < C.warpgroups; ++w) {
+      for (int w = 0; w < C.strips(); ++w) {
         if (item.row_tile * C.rows() + 64 * w < p.q_len) q_wanted |= 1u << w;
       }
     }

@@ -29,6 +29,11 @@ struct MathWarp {
     bool uncapped;  // scores are still to be capped, and near 0; with kBounded
   };
 
+  // With halves both warpgroups have the same rows.
+  static constexpr int kOwn = C.own_columns();
+  __device__ __forceinline__ int strip() const { return C.halves != 0 ? 0 : w; }
+  __device__ __forceinline__ int first_column() const { return C.halves != 0 ? kOwn * w : 0; }
+
   const ForwardParams& p;
   ForwardShared<C>& shared;
   const int w;     // warpgroup
@@ -37,7 +42,7 @@ struct MathWarp {
 
   Ring<C.k_stages> k_ring;
   Ring<C.v_stages> v_ring;
-  StripBits<C> bits{shared, w, warp, lane, {}};
+  StripBits<C> bits{shared, strip(), warp, lane, {}};
   float out[C.value_depth / 2];
   RowState rows;
   PairBias<C.half != 0, C.has(kBiasTiles)> bias;
@@ -50,7 +55,7 @@ struct MathWarp {
                                                int first_column) {
     if constexpr (kBiasFirst) give_biases<false>(tile, mask, first_column);
     if constexpr (!kBiased || kBiasFirst) bits.release();
-    const uint32_t q = ptx::lower_k_major(shared.q[w]);
+    const uint32_t q = ptx::lower_k_major(shared.q[strip()]);
     const uint32_t k =
         ptx::lower_k_major(shared.k[k_ring.slot]) + first_column * kSlabRowBytes / 16;
     ptx::pin(tile.scores);
@@ -70,7 +75,7 @@ struct MathWarp {
   __device__ __forceinline__ void release_keys(bool last) {
     shared.k_empty[k_ring.slot].arrive_warp(lane);
     k_ring.next();
-    if (last) shared.q_empty[w].arrive_warp(lane);
+    if (last) shared.q_empty[strip()].arrive_warp(lane);
   }
 
   // Sixteens [begin, end) of the keys of P V. `started`: out holds something to add to.
@@ -254,45 +259,45 @@ struct MathWarp {
   }
 
   // With overlap: the first tile of a run only makes P.
-  __device__ __forceinline__ void first_tile(Tile<C.columns>& tile, const StripMask<C>& mask,
+  __device__ __forceinline__ void first_tile(Tile<kOwn>& tile, const StripMask<C>& mask,
                                              bool started, bool last) {
-    issue_scores(tile, mask, 0);
+    issue_scores(tile, mask, first_column());
     ptx::wgmma_wait<0>();
-    take_scores(tile, mask, 0, last);
+    take_scores(tile, mask, first_column(), last);
     float factor[2];
     const bool moved = raise(tile, factor);
     bits.release_copied(mask);
     if (moved && started) scale_rows(out, factor);
-    exponentiate(tile, 0, C.columns / 16);
-    if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, C.columns / 16);
-    pack_weights(tile, 0, C.columns / 16);
+    exponentiate(tile, 0, kOwn / 16);
+    if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, kOwn / 16);
+    pack_weights(tile, 0, kOwn / 16);
   }
 
   // Each further one: its Q K^T, then P V of the tile before, whose product runs under this
   // softmax.
-  __device__ __forceinline__ void next_tile(Tile<C.columns>& tile, const StripMask<C>& mask,
+  __device__ __forceinline__ void next_tile(Tile<kOwn>& tile, const StripMask<C>& mask,
                                             bool started, bool last) {
-    issue_scores(tile, mask, 0);
+    issue_scores(tile, mask, first_column());
     shared.v_full[v_ring.slot].wait(v_ring.parity);
     ptx::pin(out);
-    issue_output(tile, 0, started, 0, C.columns / 16);
+    issue_output(tile, first_column(), started, 0, kOwn / 16);
     ptx::wgmma_wait<1>();
-    take_scores(tile, mask, 0, last);
+    take_scores(tile, mask, first_column(), last);
     float factor[2];
     const bool moved = raise(tile, factor);
     bits.release_copied(mask);
-    exponentiate(tile, 0, C.columns / 16);
-    if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, C.columns / 16);
+    exponentiate(tile, 0, kOwn / 16);
+    if constexpr (C.has(kDropout)) drop_weights(tile, mask, 0, kOwn / 16);
     finish_output(tile);
-    pack_weights(tile, 0, C.columns / 16);  // only now: P of the tile before was being read
+    pack_weights(tile, 0, kOwn / 16);  // only now: P of the tile before was being read
     if (moved) scale_rows(out, factor);
   }
 
   // P V of the last tile of a run.
-  __device__ __forceinline__ void last_output(Tile<C.columns>& tile, bool started) {
+  __device__ __forceinline__ void last_output(Tile<kOwn>& tile, bool started) {
     shared.v_full[v_ring.slot].wait(v_ring.parity);
     ptx::pin(out);
-    issue_output(tile, 0, started, 0, C.columns / 16);
+    issue_output(tile, first_column(), started, 0, kOwn / 16);
     finish_output(tile);
   }
 
@@ -309,9 +314,17 @@ struct MathWarp {
   __device__ __forceinline__ StripMask<C> next_mask(bool live) {
     shared.k_full[k_ring.slot].wait(k_ring.parity);
     const uint32_t partial = shared.partial[k_ring.slot];
-    if constexpr (!C.has(kBias)) return bits.take(live, __any_sync(0xffffffffu, partial != 0));
-    StripMask<C> mask = bits.take(live, __any_sync(0xffffffffu, (partial & 1) != 0));
-    mask.first_key = ptx::uniform(partial / 2) * C.columns;
+    constexpr uint32_t kPartial = C.has(kBias) ? 1 : ~0u;
+    StripMask<C> mask = bits.take(live, __any_sync(0xffffffffu, (partial & kPartial) != 0));
+    if constexpr (C.has(kBias)) mask.first_key = ptx::uniform(partial / 2) * C.columns;
+    if constexpr (C.halves != 0) {
+      static_assert(kOwn == 64 && C.word_groups() == 1);
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        mask.words[r][0] >>= 16 * w;
+        mask.kept[r][0] >>= 16 * w;
+      }
+    }
     return mask;
   }
 
@@ -340,7 +353,7 @@ struct MathWarp {
   }
 
   __device__ __forceinline__ bool overlapped_item(const Item& item, bool live) {
-    Tile<C.columns> tile;
+    Tile<kOwn> tile;
     bool started = false;
     bool pending = false;  // P of the tile before waits for its product
 #pragma unroll 1
@@ -368,9 +381,20 @@ struct MathWarp {
 
   // ---- the story --------------------------------------------------------------------------------
 
+  // Of parts of which a block has brought the last one, each warpgroup joins every other.
+  __device__ __forceinline__ void join_at_end() {
+    ptx::named_sync(kPartsBarrier, 32 * kMathWarps * C.warpgroups);
+#pragma unroll 1
+    for (int i = w; i < shared.joins; i += C.warpgroups) {
+      const RowPart part = shared.join_parts[i];
+      PartJoin<C>{p, part, 0, lane}.join_at_end(shared.join_items[i], warp);
+    }
+  }
+
   __device__ __forceinline__ void run() {
     Ring<kItemSlots> items;
     uint32_t q_parity = 0;
+    if (C.halves != 0 && w == 0 && warp == 0) ptx::named_arrive(kHalfEmptyBarrier, 64);
 #pragma unroll 1
     for (;; items.next()) {
       shared.item_full[items.slot].wait(items.parity);
@@ -386,10 +410,10 @@ struct MathWarp {
       shared.item_empty[items.slot].arrive_warp(lane);
       if (item.count < 0) break;
 
-      const int first_row = item.row_tile * C.rows() + 64 * w;
+      const int first_row = item.row_tile * C.rows() + 64 * strip();
       const bool live = first_row < p.q_len;  // else there is no Q, and nothing to do but release
       if (live && item.count > 0) {
-        shared.q_full[w].wait(q_parity);
+        shared.q_full[strip()].wait(q_parity);
         q_parity ^= 1;
       }
       rows.reset();
@@ -407,13 +431,20 @@ struct MathWarp {
 #pragma unroll
         for (int i = 0; i < C.value_depth / 2; ++i) out[i] = 0.0f;
       }
+      if constexpr (C.halves != 0) {
+        if (warp != 0) continue;
+        if (!join_halves<C>(shared, w, lane, rows, out)) continue;
+      }
       if constexpr (C.cuts != 0) {
         if (part.parts > 1) {
-          const PartJoin<C> join{p, part, kMathWarps * w + warp, lane};
-          if (first_row + 16 * warp >= p.q_len || !join.run(rows, out)) continue;
+          const PartJoin<C> join{p, part, kMathWarps * strip() + warp, lane};
+          if (first_row + 16 * warp >= p.q_len || !join.run(shared, item, rows, out)) continue;
         }
       }
       if (live) store_output<C>(p, item, first_row + 16 * warp + lane / 4, lane % 4, rows, out);
+    }
+    if constexpr (C.halves != 0) {
+      if (p.parts != nullptr) join_at_end();
     }
   }
 };

@@ -59,7 +59,7 @@ struct ForwardShared {
   // Those of the producer warpgroup that fill the slots of bits: copying them takes one.
   static constexpr int kFillWarps = C.baked() && !C.every_tile() ? 1 : kBitWarps;
 
-  alignas(1024) uint8_t q[kWarpgroups][C.depth / kSlabColumns][64 * kSlabRowBytes];
+  alignas(1024) uint8_t q[C.strips()][C.depth / kSlabColumns][64 * kSlabRowBytes];
   alignas(1024) uint8_t k[C.k_stages][C.depth / kSlabColumns][C.columns * kSlabRowBytes];
   alignas(1024) uint8_t v[C.v_stages][C.value_depth / kSlabColumns][C.columns * kSlabRowBytes];
 
@@ -70,7 +70,7 @@ struct ForwardShared {
   // Where there are key biases: those of a slot's tile, in the unit of its scores.
   alignas(16) float key_bias[C.bit_slots][C.has(kKeyBias) ? C.columns : 1];
 
-  ptx::Barrier q_full[kWarpgroups], q_empty[kWarpgroups];
+  ptx::Barrier q_full[C.strips()], q_empty[C.strips()];
   ptx::Barrier k_full[C.k_stages], k_empty[C.k_stages];
   ptx::Barrier v_full[C.v_stages], v_empty[C.v_stages];
   ptx::Barrier bits_full[C.bit_slots], bits_empty[C.bit_slots];
@@ -80,7 +80,13 @@ struct ForwardShared {
   RecipeArrays arrays[kItemSlots];
   // Where row tiles are cut: which part an item is, and where in the line row tiles begin.
   RowPart parts[C.cuts != 0 ? kItemSlots : 1];
-  int32_t starts[C.cuts != 0 ? kMostCutRowTiles + 1 : 1];
+  int32_t starts[C.cuts != 0 ? C.most_cut() + 1 : 1];
+  // And which of them this block is to join at its end: its first item, its last, both or none.
+  int32_t joins;
+  Item join_items[C.halves != 0 ? 2 : 1];
+  RowPart join_parts[C.halves != 0 ? 2 : 1];
+  // The output of one warpgroup's half of the keys, and its rows' state.
+  alignas(16) float half[C.halves != 0 ? C.value_depth / 8 + 1 : 1][C.halves != 0 ? 32 : 1][4];
 
   static_assert(sizeof(TileBits<C>) == plan::row_tile_words(C.tile()) * 4);
   static constexpr int kRowBytes = 64 * C.depth * 2;  // of one warpgroup's rows
@@ -88,9 +94,10 @@ struct ForwardShared {
   static constexpr int kVBytes = C.columns * C.value_depth * 2;
 
   __device__ __forceinline__ void init() {
-    for (int w = 0; w < kWarpgroups; ++w) {
-      q_full[w].init(1);
-      q_empty[w].init(kMathWarps);
+    joins = 0;
+    for (int strip = 0; strip < C.strips(); ++strip) {
+      q_full[strip].init(1);
+      q_empty[strip].init(kMathWarps * kWarpgroups / C.strips());
     }
     for (int s = 0; s < C.bit_slots; ++s) {
       bits_full[s].init(C.whole_slots() ? kFillWarps : 4 * kGroups);

@@ -293,7 +293,7 @@ __device__ __forceinline__ void make_tile_bits(const ForwardParams& p, Shared& s
     const bool has_column = C.columns % 128 == 0 || in_tile < C.columns;
     const int column = tile * C.columns + in_tile;
     const bool exists = has_column && column < p.kv_len;
-    uint32_t words[2 * C.warpgroups] = {};
+    uint32_t words[2 * C.strips()] = {};
     if constexpr (C.masks() != MaskPath::kMachine) {
       int key = column;
       if (exists && arrays.key_order != nullptr) key = arrays.key_order[column];
@@ -311,7 +311,7 @@ __device__ __forceinline__ void make_tile_bits(const ForwardParams& p, Shared& s
     }
     if constexpr (!C.every_tile()) shared.bits_empty[slots.slot].wait(slots.parity ^ 1);
 #pragma unroll
-    for (int w = 0; w < C.warpgroups; ++w) {
+    for (int w = 0; w < C.strips(); ++w) {
       store_strip(words[2 * w], words[2 * w + 1], has_column, lane,
                   &shared.bits[slots.slot].words[w][group][0][q],
                   reinterpret_cast<uint8_t*>(&shared.bits[slots.slot].classes[w][group]) + q);

@@ -135,18 +135,23 @@ struct PartList {
     return cuts_of(starts[index], count_of(index), share, p.blocks);
   }
 
+  // In the line; 0 behind its end.
+  __device__ __forceinline__ int length_of(int index) const {
+    if (index >= p.items) return 0;
+    const Item item = item_of(index);
+    const rules::Place place = mask_place(p, item.batch, item.head);
+    return p.map.count[map_row(p, place, item.row_tile)] + kPartOverhead;
+  }
+
   __device__ __forceinline__ void begin() {
     constexpr unsigned kAll = 0xffffffffu;
     int units = 0, longest = 0;
+    int next_length = length_of(lane);
 #pragma unroll 1
     for (int base = 0; base < p.items; base += 32) {
       const int index = base + lane;
-      int length = 0;
-      if (index < p.items) {
-        const Item item = item_of(index);
-        const rules::Place place = mask_place(p, item.batch, item.head);
-        length = p.map.count[map_row(p, place, item.row_tile)] + kPartOverhead;
-      }
+      const int length = next_length;
+      next_length = length_of(index + 32);  // asked for early: many row tiles, many trips to memory
       int end = length;  // of this row tile, from the first of the 32 on
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {

@@ -27,15 +27,17 @@ __device__ __forceinline__ void thread_maxima(const float (&scores)[kCount], flo
   }
 }
 
+// A maximum far below every score, yet finite: exp2(-inf - top) is 0 also before anything was seen.
+inline constexpr float kNothing = -1e38f;
+
 struct RowState {
   // What scores, times scale and log2(e), are measured from: within 8 of their true maximum.
   float top[2];
   // This thread's share of the sum of exp2(score - top).
   float sum[2];
 
-  // Far below every score, yet finite: exp2(-inf - top) is 0 also before anything was seen.
   __device__ __forceinline__ void reset() {
-    top[0] = top[1] = -1e38f;
+    top[0] = top[1] = kNothing;
     sum[0] = sum[1] = 0.0f;
   }
 
