@@ -381,16 +381,6 @@ struct MathWarp {
 
   // ---- the story --------------------------------------------------------------------------------
 
-  // Of parts of which a block has brought the last one, each warpgroup joins every other.
-  __device__ __forceinline__ void join_at_end() {
-    ptx::named_sync(kPartsBarrier, 32 * kMathWarps * C.warpgroups);
-#pragma unroll 1
-    for (int i = w; i < shared.joins; i += C.warpgroups) {
-      const RowPart part = shared.join_parts[i];
-      PartJoin<C>{p, part, 0, lane}.join_at_end(shared.join_items[i], warp);
-    }
-  }
-
   __device__ __forceinline__ void run() {
     Ring<kItemSlots> items;
     uint32_t q_parity = 0;
@@ -444,7 +434,7 @@ struct MathWarp {
       if (live) store_output<C>(p, item, first_row + 16 * warp + lane / 4, lane % 4, rows, out);
     }
     if constexpr (C.halves != 0) {
-      if (p.parts != nullptr) join_at_end();
+      if (p.parts != nullptr) join_at_end<C>(p, shared, w, warp, lane);
     }
   }
 };

@@ -180,6 +180,19 @@ struct PartJoin {
   }
 };
 
+// By all math warps: of row tiles of which the block has brought the last part, each warpgroup joins
+// every other.
+template <ForwardConfig C>
+__device__ __forceinline__ void join_at_end(const ForwardParams& p, ForwardShared<C>& shared, int w,
+                                            int warp, int lane) {
+  ptx::named_sync(kPartsBarrier, 32 * kMathWarps * C.warpgroups);
+#pragma unroll 1
+  for (int i = w; i < shared.joins; i += C.warpgroups) {
+    const RowPart part = shared.join_parts[i];
+    PartJoin<C>{p, part, 0, lane}.join_at_end(shared.join_items[i], warp);
+  }
+}
+
 // The two halves of a strip of 16 rows, of which warp 0 of each warpgroup has one: the second hands
 // its own over. Whether rows and out are now those of both.
 template <ForwardConfig C>

@@ -94,7 +94,7 @@ struct ForwardShared {
   static constexpr int kVBytes = C.columns * C.value_depth * 2;
 
   __device__ __forceinline__ void init() {
-    joins = 0;
+    if constexpr (C.halves != 0) joins = 0;
     for (int strip = 0; strip < C.strips(); ++strip) {
       q_full[strip].init(1);
       q_empty[strip].init(kMathWarps * kWarpgroups / C.strips());

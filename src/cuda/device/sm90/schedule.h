@@ -152,7 +152,7 @@ struct PartList {
       const int index = base + lane;
       const int length = next_length;
       next_length = length_of(index + 32);  // asked for early: many row tiles, many trips to memory
-      int end = length;  // of this row tile, from the first of the 32 on
+      int end = length;                     // of this row tile, from the first of the 32 on
 #pragma unroll
       for (int step = 1; step < 32; step *= 2) {
         const int before = __shfl_up_sync(kAll, end, step);
