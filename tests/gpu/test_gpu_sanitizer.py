@@ -22,7 +22,8 @@ def masks(b, h, m, n):
         "recipe": am.sliding_window(50, 20)
         & am.intervals(rng.integers(0, m, (1, h, n, 4)).astype(np.int32), False)
         & am.dense(rng.random((b, 1, m, n)) < 0.9),
-        "machine": am.documents(q_ids, kv_ids) | ~am.blocks(rng.random((1, 1, 20, 30)) < 0.5, 16),
+        "machine": am.documents(q_ids, kv_ids)
+        | ~am.blocks(rng.random((1, 1, -(-m // 16), -(-n // 16))) < 0.5, 16),
         "ids": am.causal() & am.documents(q_ids, kv_ids),
         "reordered": am.dense(rng.random((1, h, m, n)) < 0.1).reordered(),
     }
@@ -48,6 +49,14 @@ def on(device, tensors, mask, dout, deterministic, biases):
 @pytest.mark.parametrize("dims", DIMS, ids=lambda dims: f"{dims[0]}-{dims[1]}")
 def test_small_set(dims, kind):
     check((1, 2, 1, 310, 470), dims, masks(1, 2, 310, 470)[kind])
+
+
+@pytest.mark.parametrize("kind", ["runs", "machine", "ids"])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+def test_few_rows_of_many_keys(dims, kind):
+    """Key tiles with several blocks, which join what they make; one row; a strip of rows."""
+    for rows in (1, 9, 140):
+        check((2, 4, 2, rows, 1500), dims, masks(2, 4, rows, 1500)[kind])
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])

@@ -180,8 +180,8 @@ struct PartJoin {
   }
 };
 
-// By all math warps: of row tiles of which the block has brought the last part, each warpgroup joins
-// every other.
+// By all math warps: of row tiles of which the block has brought the last part, each warpgroup
+// joins every other.
 template <ForwardConfig C>
 __device__ __forceinline__ void join_at_end(const ForwardParams& p, ForwardShared<C>& shared, int w,
                                             int warp, int lane) {
