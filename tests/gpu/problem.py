@@ -153,9 +153,11 @@ def planned(q, k, v, mask, plan=True):
 
 def forward_of_many_rows(q, k, v, mask, scale=None, plan=False):
     """(out, lse) from a call with each query head so many times that there are more row tiles than
-    multiprocessors; None where there are as it is. k, v and a mask's heads stand for more then."""
+    are cut, so that all of them are summed alike; None where there are as it is. k, v and a mask's
+    heads stand for more then."""
     tiles = q.shape[0] * q.shape[2] * -(-q.shape[1] // 192)  # of the largest
-    times = MULTIPROCESSORS // max(tiles, 1) + 1
+    most_cut = MULTIPROCESSORS if q.shape[1] > 16 else 4 * MULTIPROCESSORS
+    times = most_cut // max(tiles, 1) + 1
     if times == 1 or tiles == 0:
         return None
     q = q.detach().repeat_interleave(times, 2)

@@ -196,7 +196,7 @@ def markdown(run: dict[str, Any], rows: Sequence[Row]) -> str:
     everything = [line for lines in groups.values() for line in lines]
     timed = [row for line in everything for row in line.rows]
     text = [
-        f"{_device(run)}, {run['date']}, torch {run['machine']['torch']}; {_samples(everything)}. "
+        f"{_device(run)}, {_dates(run)}, torch {run['machine']['torch']}; {_samples(everything)}. "
         + _checks(timed),
         "",
     ]
@@ -212,6 +212,12 @@ def markdown(run: dict[str, Any], rows: Sequence[Row]) -> str:
 def _device(run: dict[str, Any]) -> str:
     name: str = (run.get("gpu") or {}).get("name") or run["machine"]["cpu"]
     return name
+
+
+def _dates(run: dict[str, Any]) -> str:
+    """When it was made, or its parts, from the first to the last."""
+    dates = [part["date"] for part in run.get("parts", [run]) if part.get("date")]
+    return " to ".join(sorted({min(dates), max(dates)}))
 
 
 def _card(run: dict[str, Any]) -> str:
