@@ -216,8 +216,8 @@ def _device(run: dict[str, Any]) -> str:
 
 def _dates(run: dict[str, Any]) -> str:
     """When it was made, or its parts, from the first to the last."""
-    dates = [part["date"] for part in run.get("parts", [run]) if part.get("date")]
-    return " to ".join(sorted({min(dates), max(dates)}))
+    dates = sorted(part["date"] for part in run.get("parts", [run]))
+    return dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
 
 
 def _card(run: dict[str, Any]) -> str:

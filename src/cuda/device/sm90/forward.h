@@ -1,9 +1,9 @@
 // Flash attention forward for Hopper (sm_90a): out = softmax(scale Q K^T under a mask) V.
 // docs/kernels/forward.md has the reasons and the figures behind the choices.
 //
-// A block has one producer warpgroup and C.warpgroups math warpgroups of 64 query rows. Warp 0 of
-// the producer draws items (a row tile of a head) and loads; its other warps make mask bits; a math
-// warpgroup keeps what it makes of scores in registers.
+// A block has one producer warpgroup and C.warpgroups math warpgroups of 64 query rows; with halves
+// two that have the same 16. Warp 0 of the producer draws items (a row tile of a head) and loads;
+// its other warps make mask bits; a math warpgroup keeps what it makes of scores in registers.
 #pragma once
 
 #include "cuda/device/sm90/forward_load.h"

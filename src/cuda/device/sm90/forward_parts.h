@@ -33,6 +33,18 @@ __device__ __forceinline__ void add_four(const float (&values)[4], const float (
   for (int n = 0; n < 4; ++n) to[n] = to[n] * before[n / 2] + values[n] * factor[n / 2];
 }
 
+// A lane's output, 16 bytes a place, then its rows' state.
+template <int kCount, typename Place>
+__device__ __forceinline__ void put_down(const RowState& rows, const float (&out)[kCount],
+                                         Place&& place) {
+  const auto put = [&](int i, float4 four) { *reinterpret_cast<float4*>(place(i)) = four; };
+#pragma unroll
+  for (int i = 0; i < kCount / 4; ++i) {
+    put(i, {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]});
+  }
+  put(kCount / 4, {rows.top[0], rows.top[1], rows.sum[0], rows.sum[1]});
+}
+
 // A strip of 16 rows: their state and their output so far, which a lane of a warp has 16 bytes at
 // a time.
 template <ForwardConfig C>
@@ -54,13 +66,7 @@ struct PartJoin {
 
   __device__ __forceinline__ void leave(const RowState& rows,
                                         const float (&out)[C.value_depth / 2]) const {
-#pragma unroll
-    for (int i = 0; i < kOutput; ++i) {
-      *reinterpret_cast<float4*>(place(part.index, i)) = {out[4 * i], out[4 * i + 1],
-                                                          out[4 * i + 2], out[4 * i + 3]};
-    }
-    *reinterpret_cast<float4*>(place(part.index, kOutput)) = {rows.top[0], rows.top[1], rows.sum[0],
-                                                              rows.sum[1]};
+    put_down(rows, out, [&](int i) { return place(part.index, i); });
   }
 
   __device__ __forceinline__ int32_t* arrived() const {
@@ -199,22 +205,16 @@ template <ForwardConfig C>
 __device__ __forceinline__ bool join_halves(ForwardShared<C>& shared, int w, int lane,
                                             RowState& rows, float (&out)[C.value_depth / 2]) {
   constexpr int kOutput = C.value_depth / 8;
-  const auto place = [&](int i) -> float4& {
-    return *reinterpret_cast<float4*>(shared.half[i][lane]);
-  };
+  const auto place = [&](int i) { return shared.half[i][lane]; };
   if (w == 1) {
     ptx::named_sync(kHalfEmptyBarrier, 64);
-#pragma unroll
-    for (int i = 0; i < kOutput; ++i) {
-      place(i) = {out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]};
-    }
-    place(kOutput) = {rows.top[0], rows.top[1], rows.sum[0], rows.sum[1]};
+    put_down(rows, out, place);
     ptx::named_arrive(kHalfFullBarrier, 64);
     return false;
   }
   ptx::named_sync(kHalfFullBarrier, 64);
   const auto take = [&](int i, float(&to)[4]) {
-    const float4 four = place(i);
+    const float4 four = *reinterpret_cast<const float4*>(place(i));
     to[0] = four.x, to[1] = four.y, to[2] = four.z, to[3] = four.w;
   };
   float state[4], before[2], factor[2];
