@@ -122,6 +122,18 @@ def test_scales(scale, dtype):
     check(q, k, v, am.causal(), allowed, scale=scale, with_lse=True)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256)])
+@pytest.mark.parametrize("last", [-100, 100])
+def test_scores_far_from_zero(last, dims, dtype):
+    """All far below 0, or rising from there key by key: what exp2 measures from has to follow."""
+    q, k, v = inputs(1, 300, 700, (2, 2), dims, dtype)
+    q[..., 0] = 8 * (dims[0] / 64) ** 0.5
+    k[..., 0] = torch.linspace(-100, last, 700, device=DEVICE)[:, None]
+    check(q, k, v, None, np.ones((1, 1, 300, 700), bool))
+    check(q, k, v, am.causal(), reference.causal(300, 700))
+
+
 def test_large_scores_do_not_overflow():
     q, k, v = (x.requires_grad_() for x in inputs(1, 200, heads=(1, 1), dims=(64, 64)))
     every = per_head(reference.causal(200, 200), 1, 1, 200, 200).to(DEVICE)
