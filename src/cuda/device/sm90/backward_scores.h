@@ -251,8 +251,8 @@ struct ScoreOptionsOfThread {
               __fmaf_rn(keeps ? grad : 0.0f, p.scores.keep_scale, at % 2 == 0 ? -both.x : -both.y);
         }
         logits[i] = half_of(weight.word[i / 2], i) * grad;
+        if constexpr (C.has(kKeyBias)) (r == 0 ? of_keys.x : of_keys.y) += logits[i];
       }
-      if constexpr (C.has(kKeyBias)) add_to_sums(logits, of_keys);
       if constexpr (C.has(kBiasTiles)) {
         piece.give(kAtOnce / 4 * index, logits);
       } else if constexpr (C.has(kBias)) {
@@ -298,19 +298,6 @@ struct ScoreOptionsOfThread {
   }
 
   __device__ __forceinline__ int sums_index() const { return key / 16 * 32 + lane; }
-
-  // To the sums of both keys. By pairs, since a step waits for the chain of additions; with other
-  // options there are too few registers.
-  static __device__ __forceinline__ void add_to_sums(const float (&logits)[kAtOnce], float2& sums) {
-    if constexpr (C.features == kKeyBias) {
-      static_assert(kAtOnce == 8);
-      sums.x += (logits[0] + logits[1]) + (logits[4] + logits[5]);
-      sums.y += (logits[2] + logits[3]) + (logits[6] + logits[7]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) (i / 2 % 2 == 0 ? sums.x : sums.y) += logits[i];
-    }
-  }
 
   static __device__ __forceinline__ float half_of(uint32_t pair, int i) {
     return i % 2 == 0 ? ptx::low_of<kHalf>(pair) : ptx::high_of<kHalf>(pair);
