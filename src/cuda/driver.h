@@ -41,28 +41,12 @@ enum class CuFunctionAttribute : int32_t {
 
 enum class CuPointerAttribute : int32_t { kDeviceOrdinal = 9 };
 
-enum class CuLaunchAttributeId : int32_t {
-  kClusterDimension = 4,
-  kProgrammaticStreamSerialization = 6,
-};
-
-struct CuLaunchAttribute {
-  CuLaunchAttributeId id;
-  int32_t padding;
-  union {
-    uint32_t cluster[3];
-    int32_t flag;
-    unsigned char bytes[64];
-  };
-};
-static_assert(sizeof(CuLaunchAttribute) == 72);
-
 struct CuLaunchConfig {
   uint32_t grid[3];
   uint32_t block[3];
   uint32_t shared_bytes;
   CuStream stream;
-  CuLaunchAttribute* attributes;
+  void* attributes;  // none
   uint32_t attribute_count;
 };
 static_assert(sizeof(CuLaunchConfig) == 56 && offsetof(CuLaunchConfig, stream) == 32);

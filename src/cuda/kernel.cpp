@@ -168,27 +168,13 @@ CachedKernel ship_kernel(const KernelConfig& config, int capability, const Cache
   return built;
 }
 
-void launch_raw(const Kernel& kernel, Grid grid, CuStream stream, const void* params,
-                const LaunchOptions& options) {
-  CuLaunchAttribute attributes[2] = {};
-  uint32_t count = 0;
-  if (options.cluster_x > 1) {
-    attributes[count].id = CuLaunchAttributeId::kClusterDimension;
-    attributes[count].cluster[0] = options.cluster_x;
-    attributes[count].cluster[1] = attributes[count].cluster[2] = 1;
-    ++count;
-  }
-  if (options.early_start) {
-    attributes[count].id = CuLaunchAttributeId::kProgrammaticStreamSerialization;
-    attributes[count].flag = 1;
-    ++count;
-  }
+void launch_raw(const Kernel& kernel, Grid grid, CuStream stream, const void* params) {
   const CuLaunchConfig launch = {{grid.x, grid.y, grid.z},
                                  {static_cast<uint32_t>(kernel.config.threads), 1, 1},
                                  static_cast<uint32_t>(kernel.config.shared_bytes),
                                  stream,
-                                 attributes,
-                                 count};
+                                 nullptr,
+                                 0};
   void* arguments[] = {const_cast<void*>(params)};
   const CuResult result = driver().cuLaunchKernelEx(&launch, kernel.handle, arguments, nullptr);
   if (result != kCuSuccess) check(result, ("launch of " + kernel_title(kernel.config)).c_str());

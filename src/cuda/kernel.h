@@ -66,20 +66,12 @@ struct Grid {
   uint32_t x = 1, y = 1, z = 1;
 };
 
-struct LaunchOptions {
-  uint32_t cluster_x = 1;    // blocks of a cluster
-  bool early_start = false;  // programmatic dependent launch: may start before the kernel ahead
-                             // of it in the stream ends; the kernel waits by itself
-};
-
-void launch_raw(const Kernel& kernel, Grid grid, CuStream stream, const void* params,
-                const LaunchOptions& options);
+void launch_raw(const Kernel& kernel, Grid grid, CuStream stream, const void* params);
 
 // Launches on `stream`; a context of the kernel's device must be current (DeviceScope).
 template <typename Params>
-void launch(const Kernel& kernel, Grid grid, CuStream stream, const Params& params,
-            const LaunchOptions& options = {}) {
-  launch_raw(kernel, grid, stream, &params, options);
+void launch(const Kernel& kernel, Grid grid, CuStream stream, const Params& params) {
+  launch_raw(kernel, grid, stream, &params);
 }
 
 // The name of a kernel's entry point, which profilers show: "anymask_forward".
